@@ -1,0 +1,19 @@
+"""Zero-copy model loading for PyTorch in Ray: N workers on a node, one copy of the weights."""
+
+from . import actor, memory
+from ._store import ModelRef
+from .actor import load_model_in_actor, prepare_model_for_actors
+from .errors import ModelLostError, ZeroCopyError, ZeroCopyWarning
+from .predictor import ZeroCopyPredictor
+
+__all__ = [
+    "ModelLostError",
+    "ModelRef",
+    "ZeroCopyError",
+    "ZeroCopyPredictor",
+    "ZeroCopyWarning",
+    "actor",
+    "load_model_in_actor",
+    "memory",
+    "prepare_model_for_actors",
+]

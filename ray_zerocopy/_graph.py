@@ -1,0 +1,366 @@
+"""An object graph <-> a skeleton and a list of tensors. Knows torch and Ray's pickler, never a Ray cluster.
+
+Note [Skeletons]
+
+`take_apart` pickles the graph with Ray's cloudpickle, so that classes from a notebook travel, but leaves a
+placeholder (pickle's `persistent_id`) for what has bytes to share. `put_together` fills the placeholders in::
+
+    model ----pickle----> skeleton: ... PERSID 0 ... PERSID 1 ... PERSID 0 ...    (a few 10 KB)
+       |                                   |           |            |
+       +--> tensors:  [ 0: weight, 1: bias ] <---------+            a tie is the same number twice
+
+Three kinds of tensors:
+
+plain       a `torch.Tensor` or `Parameter` that is dtype, shape, stride and offset over a storage: it leaves by
+            identity, whole, and comes back as a view.
+decorated   one of those with attributes of its own, or a Parameter subclass: its data leaves as a plain tensor;
+            type and attributes stay in the skeleton.
+composed    all else (subclasses, quantized, sparse, ...): torch's own reduce describes it, and the storages and
+            tensors that it is made of leave from inside that description.
+
+Identity lives in objects and storages, never in `state_dict` keys, so ties, aliases, views, plain attributes
+and containers need no rule of their own.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from ray.cloudpickle import CloudPickler
+
+__all__ = ["Parts", "children", "components", "put_together", "take_apart", "walk"]
+
+Tensor = torch.Tensor
+Parameter = torch.nn.Parameter
+_BARE_TYPES = frozenset([Tensor, Parameter])
+_STORAGE_TYPES = frozenset([torch.UntypedStorage, torch.storage.TypedStorage])
+
+# An array (numpy's, Arrow's) of fewer bytes than this stays in the skeleton: a buffer of its own costs more.
+SMALLEST_ARRAY = 4096
+
+
+class Parts(NamedTuple):
+    """What `take_apart` makes of an object graph.
+
+    `skeleton` is the pickle stream, `tensors` what its placeholders stand for, `arrays` the buffers that
+    non-torch objects (numpy arrays) gave out of band, and `carried` the objects left out by `leave_out`.
+    """
+
+    skeleton: bytes
+    tensors: list[Tensor]
+    arrays: list[pickle.PickleBuffer]
+    carried: list[Any]
+
+
+# ---------------------------------------------------------------- taking apart
+
+
+def take_apart(obj: object, leave_out: tuple[type, ...] = ()) -> Parts:
+    """Pickle `obj` into a skeleton, with its tensors taken out; `obj` is not changed.
+
+    Instances of the types in `leave_out` are not pickled but listed in `Parts.carried`.
+    Raises TypeError naming the attribute path of what cannot be pickled.
+    """
+    stream = io.BytesIO()
+    pickler = _Pickler(stream, leave_out)
+    try:
+        pickler.dump(obj)
+        # A second pickle in the same stream, with the same memo: which of the objects just pickled must be
+        # touched to give eval mode and requires_grad=False.
+        pickler.dump((_roots_in_training(pickler.modules), pickler.flagged))
+    except Exception as error:
+        raise _unpicklable(obj, leave_out, error) from error
+    return Parts(stream.getvalue(), pickler.tensors, pickler.arrays, pickler.carried)
+
+
+class _Pickler(CloudPickler):  # type: ignore[misc]
+    def __init__(self, stream: io.BytesIO, leave_out: tuple[type, ...]) -> None:
+        self.arrays: list[pickle.PickleBuffer] = []
+        super().__init__(stream, protocol=5, buffer_callback=self._take_array)
+        # A flat copy: lookups in cloudpickle's ChainMap took a quarter of the time to pickle BERT. Ray's
+        # RAY_ENABLE_ZERO_COPY_TORCH_TENSORS puts a reducer for torch.Tensor in there, which would hide
+        # storages from us and lose strides and flags.
+        self.dispatch_table = dict(CloudPickler.dispatch_table)
+        self.dispatch_table.pop(Tensor, None)
+        self.dispatch_table.pop(Parameter, None)
+        self.leave_out = leave_out
+        self.tensors: list[Tensor] = []
+        self.carried: list[Any] = []
+        self.modules: list[torch.nn.Module] = []
+        self.flagged: list[Tensor] = []
+        self._numbers: dict[int, int] = {}
+        self._alive: list[object] = []
+
+    def persistent_id(self, obj: Any) -> Any:
+        kind = type(obj)
+        if kind in _BARE_TYPES:
+            if _is_plain(obj):
+                return self._number(obj, obj)
+        elif kind in _STORAGE_TYPES:
+            return self._storage_id(obj)
+        elif self.leave_out and isinstance(obj, self.leave_out):
+            number = self._numbers.get(id(obj))
+            if number is None:
+                number = self._numbers[id(obj)] = len(self.carried)
+                self.carried.append(obj)
+            return ("carried", number)
+        return None
+
+    def reducer_override(self, obj: Any) -> Any:
+        kind = type(obj)
+        if kind is OrderedDict:
+            # A module has eleven, nearly all empty, and OrderedDict's own reduce is slow.
+            return NotImplemented if obj or obj.__dict__ else (OrderedDict, ())
+        if isinstance(obj, torch.nn.Module):
+            self.modules.append(obj)
+        elif issubclass(kind, Tensor):
+            self.flagged.append(obj)
+            if _is_decorated(obj):
+                return _reduce_decorated(obj)
+            return NotImplemented
+        return super().reducer_override(obj)
+
+    def _number(self, key: object, tensor: Tensor) -> int:
+        number = self._numbers.get(id(key))
+        if number is None:
+            number = self._numbers[id(key)] = len(self.tensors)
+            self.tensors.append(tensor)
+            self._alive.append(key)  # an id is only good while its object lives
+        return number
+
+    def _storage_id(self, storage: Any) -> Any:
+        if isinstance(storage, torch.UntypedStorage):
+            untyped, dtype = storage, None
+        else:
+            untyped, dtype = storage._untyped_storage, storage.dtype
+        if untyped.device.type == "meta":
+            return None
+        whole = torch.empty(0, dtype=torch.uint8, device=untyped.device).set_(untyped)
+        return ("storage", self._number(storage, whole), dtype)
+
+    def _take_array(self, buffer: pickle.PickleBuffer) -> bool:
+        try:
+            small = buffer.raw().nbytes < SMALLEST_ARRAY
+        except BufferError:  # not contiguous: pickle copies it into the stream
+            small = True
+        if not small:
+            self.arrays.append(buffer)
+        return small
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return not tensor.__dict__ and _has_own_bytes(tensor)
+
+
+def _has_own_bytes(tensor: Tensor) -> bool:
+    return (
+        tensor.layout is torch.strided
+        and not tensor.is_meta
+        and not tensor.is_quantized
+        and not tensor.is_nested
+        and torch._C._has_storage(tensor)
+    )
+
+
+def components(tensor: Tensor) -> Iterator[Tensor]:
+    """Yield the tensors with bytes of their own that `tensor` is made of: itself, or a sparse one's values, ..."""
+    flatten = getattr(tensor, "__tensor_flatten__", None)
+    if flatten is not None:
+        for name in flatten()[0]:
+            yield from components(getattr(tensor, name))
+    elif tensor.is_meta:
+        return
+    elif tensor.layout is torch.sparse_coo:
+        yield from (tensor._indices(), tensor._values())
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        yield from (tensor.crow_indices(), tensor.col_indices(), tensor.values())
+    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        yield from (tensor.ccol_indices(), tensor.row_indices(), tensor.values())
+    elif torch._C._has_storage(tensor):
+        yield tensor
+
+
+def _is_decorated(tensor: Tensor) -> bool:
+    kind = type(tensor)
+    if kind is Tensor:
+        return _has_own_bytes(tensor)
+    return (
+        issubclass(kind, Parameter)
+        and kind.__reduce_ex__ is Parameter.__reduce_ex__
+        and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+        and _has_own_bytes(tensor)
+    )
+
+
+def _reduce_decorated(tensor: Tensor) -> Any:
+    data = Tensor.detach(tensor).as_subclass(Tensor)
+    arguments = (data, type(tensor), tensor.requires_grad)
+    return _rebuild_decorated, arguments, dict(tensor.__dict__), None, None, _set_attributes
+
+
+def _rebuild_decorated(data: Tensor, kind: type, requires_grad: bool) -> Tensor:
+    if kind is Tensor:
+        return data.requires_grad_(requires_grad)
+    return Tensor._make_subclass(kind, data, requires_grad)
+
+
+def _set_attributes(tensor: Tensor, attributes: dict[str, Any]) -> None:
+    tensor.__dict__.update(attributes)
+
+
+def _roots_in_training(modules: list[torch.nn.Module]) -> list[torch.nn.Module]:
+    """Return the modules that are nobody's submodule and have a part in training mode."""
+    below = {id(child) for module in modules for child in module.children()}
+    return [m for m in modules if id(m) not in below and any(part.training for part in m.modules())]
+
+
+# ---------------------------------------------------------------- putting together
+
+
+def put_together(
+    skeleton: bytes | memoryview,
+    tensors: Sequence[Tensor],
+    arrays: Sequence[object] = (),
+    carried: Sequence[object] = (),
+    *,
+    keep_flags: bool = False,
+) -> Any:
+    """Rebuild the object from its skeleton around `tensors`, which take the places of those taken out.
+
+    Unless `keep_flags`, modules are put in eval mode and every tensor has `requires_grad=False`; the flags of
+    plain tensors are the caller's to set.
+    """
+    unpickler = _Unpickler(io.BytesIO(skeleton), buffers=arrays)
+    unpickler.tensors = tensors
+    unpickler.carried = carried
+    obj = unpickler.load()
+    roots, flagged = unpickler.load()
+    if not keep_flags:
+        for root in roots:
+            root.eval()
+        for tensor in flagged:
+            if tensor.requires_grad:
+                tensor.requires_grad_(False)
+    return obj
+
+
+class _Unpickler(pickle.Unpickler):
+    tensors: Sequence[Tensor]
+    carried: Sequence[object]
+
+    def persistent_load(self, pid: Any) -> Any:
+        if type(pid) is int:
+            return self.tensors[pid]
+        if pid[0] == "carried":
+            return self.carried[pid[1]]
+        _, number, dtype = pid
+        storage = self.tensors[number].untyped_storage()
+        if dtype is None:
+            return storage
+        return torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
+
+
+# ---------------------------------------------------------------- paths, for messages and reports
+
+
+def children(obj: object) -> Iterator[tuple[str, Any]]:
+    """Yield what `obj` holds directly, each with the text that leads from `obj` to it: `.name`, `[0]`, `['key']`."""
+    if isinstance(obj, dict):
+        for key, value in list(obj.items()):
+            yield f"[{key!r}]", value
+    elif isinstance(obj, (list, tuple, set, frozenset)):
+        for number, value in enumerate(obj):
+            yield f"[{number}]", value
+    elif callable(getattr(obj, "__func__", None)) and hasattr(obj, "__self__"):
+        yield ".__self__", obj.__self__
+    elif getattr(obj, "__closure__", None):
+        names = obj.__code__.co_freevars  # type: ignore[attr-defined]
+        for name, cell in zip(names, obj.__closure__, strict=True):  # type: ignore[attr-defined]
+            try:
+                yield f".<closure {name}>", cell.cell_contents
+            except ValueError:
+                continue
+    if isinstance(obj, (type, type(torch))):
+        return
+    attributes = getattr(obj, "__dict__", None)
+    if isinstance(attributes, dict):
+        of_module = isinstance(obj, torch.nn.Module)
+        for name, value in list(attributes.items()):
+            if of_module and name in ("_parameters", "_buffers", "_modules"):
+                yield from ((f".{key}", held) for key, held in list(value.items()))
+            else:
+                yield f".{name}", value
+    for kind in type(obj).__mro__:
+        slots = kind.__dict__.get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name in ("__dict__", "__weakref__"):
+                continue
+            try:
+                yield f".{name}", object.__getattribute__(obj, _mangled(kind, name))
+            except AttributeError:
+                continue
+
+
+def _mangled(kind: type, name: str) -> str:
+    private = name.startswith("__") and not name.endswith("__")
+    return f"_{kind.__name__.lstrip('_')}{name}" if private else name
+
+
+_LEAVES = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size)
+
+
+def walk(obj: object, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield `obj` and everything reachable from it once, each with its path from `obj`; never runs a property."""
+    seen: set[int] = set()
+    alive: list[object] = []
+    pending = [(path, obj)]
+    while pending:
+        path, current = pending.pop()
+        if isinstance(current, _LEAVES) or id(current) in seen:
+            continue
+        seen.add(id(current))
+        alive.append(current)
+        yield path, current
+        pending.extend(reversed([(path + step, child) for step, child in children(current)]))
+
+
+def _unpicklable(obj: object, leave_out: tuple[type, ...], error: Exception) -> TypeError:
+    def fails(part: object) -> Exception | None:
+        try:
+            _Pickler(io.BytesIO(), leave_out).dump(part)
+        except Exception as failure:
+            return failure
+        return None
+
+    path, culprit, reason = _deepest(obj, fails, error)
+    where = f"{type(obj).__qualname__}{path}" if path else type(obj).__qualname__
+    kind = f"{type(culprit).__module__}.{type(culprit).__qualname__}"
+    return TypeError(
+        f"{type(obj).__qualname__} cannot be shared: {where} is a {kind}, which cannot be pickled "
+        f"({type(reason).__name__}: {reason}). Remove it before sharing and create it again in the worker, "
+        f"or give the class that holds it a __getstate__ without it."
+    )
+
+
+def _deepest(
+    obj: object, fails: Callable[[object], Exception | None], error: Exception
+) -> tuple[str, object, Exception]:
+    """Follow the failing child from `obj` down to the one none of whose own children fails."""
+    path, current, reason = "", obj, error
+    seen = {id(obj)}
+    while True:
+        for step, child in children(current):
+            if id(child) in seen or isinstance(child, _LEAVES):
+                continue
+            failure = fails(child)
+            if failure is not None:
+                seen.add(id(child))
+                path, current, reason = path + step, child, failure
+                break
+        else:
+            return path, current, reason

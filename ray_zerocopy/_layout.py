@@ -1,0 +1,348 @@
+r"""Tensors <-> a few buffers and a layout. Knows torch and numpy, no Ray.
+
+Note [Storages, extents, buffers]
+
+Tensors are views of storages; storages are bytes at an address; and two storages may even share bytes (two
+`torch.from_numpy` of one array). The way from one to the other, for the bytes of one model::
+
+    storages       |== A: 9 MiB ==|  |= B =|  |= C: only 1 KiB of 1 GiB is reachable ... =|
+                          |             |          |
+    extents        [======A=======]  [==B==]  [c]          what must be kept of each; overlaps merge
+                          |              \     /
+    buffers        [======A=======]     [==B==|c|...]      a big one goes as it is, small ones are packed
+
+`unpack` goes back: every source storage becomes a torch storage of its own over its slice of a buffer, because
+`torch.save`, `deepcopy`, safetensors and Hugging Face all tell ties, and sizes, by storage.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import pickle
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+__all__ = [
+    "ALIGNMENT",
+    "BUFFER_ALONE",
+    "Layout",
+    "Packed",
+    "Slice",
+    "View",
+    "pack",
+    "unpack",
+    "unpack_arrays",
+]
+
+ALIGNMENT = 64
+# Bytes from which an extent is a buffer of its own, and so is not copied before the store copies it. Each
+# buffer costs a load about 3 us; each packed byte costs the driver a byte of heap while preparing.
+BUFFER_ALONE = 64 * 1024
+# More buffers than this make ray.get slow (4 ms per thousand): then only the largest stay alone.
+MOST_BUFFERS = 1000
+# A storage is cut down to what is reachable if that is at most this share of it.
+COMPACT_BELOW = 0.5
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class Slice(NamedTuple):
+    """Bytes `[offset, offset + nbytes)` of buffer number `buffer`."""
+
+    buffer: int
+    offset: int
+    nbytes: int
+
+
+class View(NamedTuple):
+    """One tensor: `offset` in elements and `stride` over storage number `storage`, as torch counts them.
+
+    `elements` is their number if the tensor is exactly its whole storage in order, else -1.
+    """
+
+    storage: int
+    elements: int
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    parameter: bool
+    requires_grad: bool
+    conjugate: bool
+    negative: bool
+
+
+class Layout(NamedTuple):
+    """Where everything lies: `storages` and `arrays` as slices of buffers, `views` as tensors over storages."""
+
+    buffers: list[int]
+    storages: list[Slice]
+    views: list[View]
+    arrays: list[tuple[Slice, bool]]
+
+
+class Packed(NamedTuple):
+    """A layout, its buffers as byte arrays, and how many bytes were copied to make them."""
+
+    layout: Layout
+    buffers: list[Bytes]
+    copied: int
+
+
+# ---------------------------------------------------------------- packing
+
+
+class _Extent(NamedTuple):
+    """Bytes at an address of this process; `owner` keeps them there."""
+
+    address: int
+    nbytes: int
+    owner: object
+
+
+def pack(tensors: Sequence[torch.Tensor], arrays: Sequence[pickle.PickleBuffer] = ()) -> Packed:
+    """Lay out the storages under `tensors`, and `arrays`, in buffers.
+
+    Every distinct storage is kept once. The buffers are views of the sources' own memory but for the small
+    ones, which are packed, and those on a device, which come to the host.
+    """
+    storages: dict[int, int] = {}
+    owners: list[torch.UntypedStorage] = []
+    spans: list[tuple[int, int, int]] = []
+    numbers: list[int] = []
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        number = storages.setdefault(storage._cdata, len(owners))
+        if number == len(owners):
+            owners.append(storage)
+            spans.append((storage.nbytes(), 0, 1))
+        numbers.append(number)
+        low, high = _reach(tensor)
+        if high > low:
+            known_low, known_high, align = spans[number]
+            spans[number] = (min(low, known_low), max(high, known_high), max(align, tensor.element_size()))
+
+    extents: list[_Extent] = []
+    begins: list[int] = []
+    copied = 0
+    for storage, (low, high, align) in zip(owners, spans, strict=True):
+        low, high = _keep(storage.nbytes(), low, high, align)
+        begins.append(low)
+        extent, moved = _extent(storage, low, high)
+        copied += moved
+        extents.append(extent)
+    for array in arrays:
+        extents.append(_array_extent(array))
+
+    slices, buffers, packed = _fill(extents)
+    views = [
+        _view(tensor, number, begins[number], slices[number]) for tensor, number in zip(tensors, numbers, strict=True)
+    ]
+    array_slices = [(piece, array.raw().readonly) for piece, array in zip(slices[len(owners) :], arrays, strict=True)]
+    layout = Layout([b.nbytes for b in buffers], slices[: len(owners)], views, array_slices)
+    return Packed(layout, buffers, copied + packed)
+
+
+def _reach(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return the byte range of its storage that `tensor` can reach."""
+    if tensor.numel() == 0:
+        return 0, 0
+    if tensor.is_contiguous():
+        last = tensor.numel() - 1
+    else:
+        last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    begin = int(tensor.storage_offset())
+    size = tensor.element_size()
+    return begin * size, (begin + last + 1) * size
+
+
+def _keep(nbytes: int, low: int, high: int, align: int) -> tuple[int, int]:
+    """Return the range of a storage to keep: all of it, unless only a small part is reachable."""
+    if high <= low:
+        return 0, 0
+    low -= low % math.lcm(align, ALIGNMENT)
+    return (low, high) if high - low <= COMPACT_BELOW * nbytes else (0, nbytes)
+
+
+def _extent(storage: torch.UntypedStorage, low: int, high: int) -> tuple[_Extent, int]:
+    if storage.device.type != "cpu":
+        on_device = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, low, (high - low,), (1,))
+        host = on_device.cpu()  # copy: the store is host memory
+        return _Extent(host.data_ptr(), high - low, host), high - low
+    return _Extent(storage.data_ptr() + low, high - low, storage), 0
+
+
+def _array_extent(array: pickle.PickleBuffer) -> _Extent:
+    raw = np.frombuffer(array.raw(), dtype=np.uint8)
+    return _Extent(raw.__array_interface__["data"][0], raw.nbytes, (raw, array))
+
+
+def _fill(extents: list[_Extent]) -> tuple[list[Slice], list[Bytes], int]:
+    """Merge extents that share bytes, give the large ones a buffer each and pack the others into one."""
+    order = sorted((i for i, e in enumerate(extents) if e.nbytes), key=lambda i: extents[i].address)
+    merged: list[tuple[int, int, list[int]]] = []
+    for i in order:
+        begin, end = extents[i].address, extents[i].address + extents[i].nbytes
+        if merged and begin < merged[-1][1]:
+            known_begin, known_end, members = merged[-1]
+            members.append(i)
+            merged[-1] = (known_begin, max(known_end, end), members)
+        else:
+            merged.append((begin, end, [i]))
+
+    alone = BUFFER_ALONE
+    sizes = sorted((end - begin for begin, end, _ in merged), reverse=True)
+    if len(sizes) > MOST_BUFFERS:
+        alone = max(alone, sizes[MOST_BUFFERS])
+    slices = [Slice(0, 0, 0)] * len(extents)
+    buffers: list[Bytes] = []
+    small = []
+    for group in merged:
+        begin, end, members = group
+        if end - begin < alone:
+            small.append(group)
+            continue
+        for i in members:
+            slices[i] = Slice(len(buffers), extents[i].address - begin, extents[i].nbytes)
+        buffers.append(_bytes_at(begin, end - begin, [extents[i].owner for i in members]))
+
+    packed = 0
+    if small:
+        total = sum(_aligned(end - begin) for begin, end, _ in small)
+        pack = np.zeros(total, dtype=np.uint8)
+        for begin, end, members in small:
+            # copy: thousands of small buffers would cost every load more than packing costs once
+            pack[packed : packed + end - begin] = _bytes_at(begin, end - begin, None)
+            for i in members:
+                slices[i] = Slice(len(buffers), packed + extents[i].address - begin, extents[i].nbytes)
+            packed += _aligned(end - begin)
+        buffers.append(pack)
+    return slices, buffers, packed
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _bytes_at(address: int, nbytes: int, owner: object) -> Bytes:
+    block = (ctypes.c_uint8 * nbytes).from_address(address)
+    block.owner = owner  # type: ignore[attr-defined]
+    return np.frombuffer(memoryview(block), dtype=np.uint8)
+
+
+def _view(tensor: torch.Tensor, number: int, begin: int, piece: Slice) -> View:
+    size = tensor.element_size()
+    offset = int(tensor.storage_offset()) - begin // size
+    whole = (
+        tensor.numel() > 0
+        and offset == 0
+        and tensor.is_contiguous()
+        and tensor.numel() * size == piece.nbytes
+        and tensor.dtype in _FROM_BUFFER
+        and tensor.stride() == _contiguous_stride(tensor.shape)
+    )
+    return View(
+        number,
+        tensor.numel() if whole else -1,
+        tensor.dtype,
+        offset,
+        tuple(tensor.shape),
+        tensor.stride(),
+        isinstance(tensor, torch.nn.Parameter),
+        tensor.requires_grad,
+        tensor.is_conj(),
+        tensor.is_neg(),
+    )
+
+
+def _contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
+    strides = []
+    step = 1
+    for size in reversed(shape):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+# The dtypes that torch.frombuffer takes; any other goes through a byte view of the storage.
+_FROM_BUFFER = frozenset(
+    (
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    )
+)
+
+
+# ---------------------------------------------------------------- unpacking
+
+
+def unpack(
+    layout: Layout,
+    buffers: Sequence[tuple[Any, int]],
+    *,
+    device: torch.device | None = None,
+    keep_flags: bool = False,
+) -> list[torch.Tensor]:
+    """Make the tensors of a layout as views of writable buffers, each given with the offset at which it begins.
+
+    Every storage holds on to its buffer. With a `device`, storages are copied there. Unless `keep_flags`,
+    no tensor requires a gradient.
+    """
+    if device is not None and device.type != "cpu":
+        storages: list[torch.UntypedStorage | None] = [
+            _storage(piece, buffers).to(device=device) for piece in layout.storages
+        ]
+        on_host = False
+    else:
+        storages = [None] * len(layout.storages)
+        on_host = True
+    pieces = layout.storages
+    make_parameter = torch.Tensor._make_subclass
+    parameter_type = torch.nn.Parameter
+    tensors: list[torch.Tensor] = []
+    for number, elements, dtype, offset, shape, stride, parameter, flag, conjugate, negative in layout.views:
+        storage = storages[number]
+        if storage is None and elements >= 0:
+            buffer, begin, _ = pieces[number]
+            memory, base = buffers[buffer]
+            # The quickest way there is (2 us with the Parameter); resize_ only gives it its shape.
+            tensor = torch.frombuffer(memory, dtype=dtype, count=elements, offset=base + begin).resize_(shape)
+            storages[number] = tensor.untyped_storage() if on_host else storage
+        else:
+            if storage is None:
+                storage = storages[number] = _storage(pieces[number], buffers)
+            tensor = torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, shape, stride)
+        if conjugate:
+            tensor = tensor.conj()
+        if negative:
+            tensor = tensor._neg_view()
+        if parameter:
+            tensor = make_parameter(parameter_type, tensor, flag and keep_flags)
+        elif flag and keep_flags:
+            tensor.requires_grad_()
+        tensors.append(tensor)
+    return tensors
+
+
+def _storage(piece: Slice, buffers: Sequence[tuple[Any, int]]) -> torch.UntypedStorage:
+    if piece.nbytes == 0:
+        return torch.UntypedStorage(0)  # type: ignore[no-untyped-call]
+    memory, base = buffers[piece.buffer]
+    return torch.frombuffer(
+        memory, dtype=torch.uint8, count=piece.nbytes, offset=base + piece.offset
+    ).untyped_storage()
+
+
+def unpack_arrays(layout: Layout, buffers: Sequence[tuple[Any, int]]) -> list[memoryview]:
+    """Return the memory of each out-of-band array of a layout, read-only where the source was."""
+    arrays = []
+    for (buffer, offset, nbytes), readonly in layout.arrays:
+        memory, base = buffers[buffer]
+        view = memoryview(memory).cast("B")[base + offset : base + offset + nbytes]
+        arrays.append(view.toreadonly() if readonly else view)
+    return arrays

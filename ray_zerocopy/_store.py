@@ -1,0 +1,286 @@
+"""`ModelRef`, and the way into and out of Ray's object store: the only `ray.put` and `ray.get` of weights."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import pickle
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import ray
+import ray.exceptions
+import torch
+from ray.actor import ActorHandle
+
+from . import _graph, _layout, _mapping
+from .errors import ModelLostError, ZeroCopyError, ZeroCopyWarning
+
+__all__ = ["Loaded", "ModelRef", "format_bytes", "get", "put"]
+
+# Bytes of buffers in one object of the store. Another node fetches an object from a node that has all of it,
+# so a large model in several objects spreads over the nodes while it is still arriving.
+OBJECT_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class ModelRef:
+    """A small handle on a model in Ray's object store, to be passed to workers as an argument.
+
+    It pickles, is hashable, and keeps the model in the store for as long as it, or a copy of it that Ray
+    knows of, lives. The model is lost with the process that made the handle, as anything put into the store.
+
+    Attributes:
+        class_name: The class of the shared object.
+        nbytes: Bytes of weights in the store, shared by all workers of a node.
+        carried_nbytes: Bytes that each worker gets a copy of: the skeleton, without weights.
+        tensors: How many tensors the object has.
+        refs: The objects in the store.
+        session: The Ray session that has them.
+    """
+
+    class_name: str
+    nbytes: int
+    carried_nbytes: int
+    tensors: int
+    refs: tuple[ray.ObjectRef, ...]
+    session: str
+
+    def __repr__(self) -> str:
+        return (
+            f"ModelRef({self.class_name}, {self.tensors} tensors, {format_bytes(self.nbytes)} shared, "
+            f"{format_bytes(self.carried_nbytes)} carried, {len(self.refs)} object{'s'[: len(self.refs) != 1]})"
+        )
+
+
+class Loaded(NamedTuple):
+    """A loaded model and how it was loaded: seconds it took, device, and whether its writes are private.
+
+    `shared` is the bytes that are the store's own pages, `private` the bytes that had to be copied.
+    """
+
+    model: Any
+    device: torch.device
+    seconds: float
+    shared: int
+    private: int
+    isolated: bool
+
+
+def format_bytes(nbytes: float) -> str:
+    """Return a byte count as a person reads it, in binary units: `417.6 MiB`."""
+    if nbytes < 1024:
+        return f"{nbytes:.0f} B"
+    for unit in ("KiB", "MiB", "GiB"):
+        nbytes /= 1024
+        if nbytes < 1024:
+            return f"{nbytes:.1f} {unit}"
+    return f"{nbytes / 1024:.1f} TiB"
+
+
+# ---------------------------------------------------------------- into the store
+
+
+def put(model: object) -> ModelRef:
+    """Take `model` apart and put it into the object store; see `actor.prepare_model_for_actors`."""
+    if isinstance(model, ModelRef):
+        raise TypeError(f"{model!r} is shared already: pass it to the workers as it is.")
+    if isinstance(model, ray.ObjectRef):
+        raise TypeError(
+            "an ObjectRef was given where a model is to be shared. Give the model itself: "
+            "ray.get(ref) first if it is in the store."
+        )
+    parts = _graph.take_apart(model, leave_out=(ray.ObjectRef, ActorHandle))
+    packed = _layout.pack(parts.tensors, parts.arrays)
+    layout = packed.layout
+    header = pickle.dumps((layout, parts.skeleton), protocol=5)
+    nbytes = sum(layout.buffers)
+    name = type(model).__name__
+    session = _session()
+    _check_room(name, nbytes + len(header))
+    groups = _grouped(layout.buffers)
+    refs = []
+    for number, (first, last) in enumerate(groups):
+        body: dict[str, Any] = {"buffers": packed.buffers[first:last]}
+        if number == 0:
+            body["header"] = np.frombuffer(header, dtype=np.uint8)
+            body["carried"] = parts.carried
+        refs.append(ray.put(body))
+    return ModelRef(name, nbytes, len(header), len(layout.views), tuple(refs), session)
+
+
+def _grouped(sizes: list[int]) -> list[tuple[int, int]]:
+    """Return ranges of buffers for one object each; at least one range, so that there is an object."""
+    groups = []
+    first = held = 0
+    for number, size in enumerate(sizes):
+        if number > first and held + size > OBJECT_BYTES:
+            groups.append((first, number))
+            first, held = number, 0
+        held += size
+    return [*groups, (first, len(sizes))]
+
+
+def _check_room(name: str, nbytes: int) -> None:
+    """Refuse a model that the store cannot hold: Ray would put it into a file on disk without a word."""
+    node = ray.get_runtime_context().get_node_id()
+    capacity = next((n["Resources"].get("object_store_memory", 0) for n in ray.nodes() if n["NodeID"] == node), None)
+    if capacity is not None and nbytes > capacity:
+        raise ZeroCopyError(
+            f"{name} has {format_bytes(nbytes)} to share, but the object store of this node holds "
+            f"{format_bytes(capacity)}. Give it more: ray.init(object_store_memory={int(nbytes * 1.2)}) or "
+            f"ray start --object-store-memory={int(nbytes * 1.2)} (on Linux it lies in /dev/shm, which must be "
+            f"as large)."
+        )
+
+
+def _session() -> str:
+    if not ray.is_initialized():
+        ray.init()  # as ray.put does
+    return str(ray.get_runtime_context().get_session_name())
+
+
+# ---------------------------------------------------------------- out of the store
+
+
+def get(
+    model_ref: ModelRef,
+    device: torch.device,
+    *,
+    keep_flags: bool = False,
+    require_isolation: bool = False,
+) -> Loaded:
+    """Rebuild the model behind `model_ref`; see `actor.load_model_in_actor`."""
+    begin = time.perf_counter()
+    bodies = _fetch(model_ref)
+    layout, skeleton = pickle.loads(bodies[0]["header"])
+    objects = [body["buffers"] for body in bodies]
+    with _quietly():
+        if device.type == "cpu":
+            memory = _host_memory(objects, require_isolation)
+            tensors = _layout.unpack(layout, memory.buffers, keep_flags=keep_flags)
+        else:
+            # From the shared pages: page-locking or even reading through the private view could copy them.
+            shared = [buffer for arrays in objects for buffer in _shared(arrays)]
+            tensors = _layout.unpack(layout, shared, device=device, keep_flags=keep_flags)
+            memory = _host_memory(objects if layout.arrays else [], require_isolation)
+        arrays = _layout.unpack_arrays(layout, memory.buffers)
+        model = _graph.put_together(skeleton, tensors, arrays, bodies[0]["carried"], keep_flags=keep_flags)
+    seconds = time.perf_counter() - begin
+    return Loaded(model, device, seconds, memory.shared, memory.copied, memory.isolated)
+
+
+def fetched_spans(model_ref: ModelRef) -> list[tuple[int, int]]:
+    """Return address and length of the buffers of each of a model's objects, as Ray maps them here."""
+    bodies = _fetch(model_ref)
+    return [_span(body["buffers"])[:2] for body in bodies if body["buffers"]]
+
+
+def _fetch(model_ref: ModelRef) -> list[dict[str, Any]]:
+    if not isinstance(model_ref, ModelRef):
+        raise TypeError(
+            f"a ModelRef is needed to load a model, not {type(model_ref).__module__}.{type(model_ref).__qualname__}. "
+            f"Make one in the driver: model_ref = prepare_model_for_actors(model)."
+        )
+    if not ray.is_initialized() or model_ref.session != _session():
+        raise ModelLostError(
+            f"{model_ref!r} is from another Ray session ({model_ref.session}); its model went with that session. "
+            f"Call prepare_model_for_actors again in this one."
+        )
+    try:
+        return ray.get(list(model_ref.refs))  # type: ignore[no-any-return]
+    except (ray.exceptions.ObjectLostError, ray.exceptions.ReferenceCountingAssertionError) as error:
+        raise ModelLostError(
+            f"{model_ref!r} is no longer in the object store: {type(error).__name__}. A model lives as long as the "
+            f"process that prepared it and as a reference to it: prepare it in the driver, and keep model_ref."
+        ) from error
+
+
+class _Memory(NamedTuple):
+    """Writable buffers, each with the offset at which it begins, and how they came about."""
+
+    buffers: list[tuple[Any, int]]
+    shared: int
+    copied: int
+    isolated: bool
+
+
+def _host_memory(objects: list[list[Any]], require_isolation: bool) -> _Memory:
+    """Return private views of the arrays of each object, or the nearest to it that the platform has."""
+    buffers: list[tuple[Any, int]] = []
+    shared = copied = 0
+    isolated = True
+    for arrays in objects:
+        if not arrays:
+            continue
+        begin, nbytes, offsets = _span(arrays)
+        region = _mapping.region_at(begin)
+        if region is not None and not region.shared:
+            # copy: Ray gave memory of this process alone (Ray Client, local mode), read-only
+            buffers += [(bytearray(array), 0) for array in arrays]
+            copied += sum(array.nbytes for array in arrays)
+            continue
+        try:
+            view, base = _mapping.private_view(begin, nbytes, arrays)
+            buffers += [(view, base + offset) for offset in offsets]
+        except _mapping.Unmappable as reason:
+            _isolation_lost(str(reason), require_isolation)
+            buffers += _shared(arrays)
+            isolated = False
+        shared += sum(array.nbytes for array in arrays)
+    return _Memory(buffers, shared, copied, isolated)
+
+
+def _shared(arrays: list[Any]) -> list[tuple[Any, int]]:
+    if not arrays:
+        return []
+    begin, nbytes, offsets = _span(arrays)
+    memory = _mapping.shared_view(begin, nbytes, arrays)
+    return [(memory, offset) for offset in offsets]
+
+
+def _span(arrays: list[Any]) -> tuple[int, int, list[int]]:
+    """Return the address and length of the bytes from the first array to the last, and where each begins."""
+    addresses = [array.__array_interface__["data"][0] for array in arrays]
+    begin = min(addresses)
+    end = max(address + array.nbytes for address, array in zip(addresses, arrays, strict=True))
+    return begin, end - begin, [address - begin for address in addresses]
+
+
+_told: set[str] = set()
+
+
+def _isolation_lost(reason: str, required: bool) -> None:
+    message = (
+        f"this worker cannot have a private view of the model: {reason}. A write to a weight here (train mode, "
+        f"load_state_dict, in-place operations) would reach every worker on this node."
+    )
+    if required:
+        raise ZeroCopyError(f"{message} Run where /proc shows the raylet, or drop require_isolation=True.")
+    if reason not in _told:
+        _told.add(reason)
+        warnings.warn(
+            f"{message} Treat the model as read-only, or pass require_isolation=True to make this an error.",
+            ZeroCopyWarning,
+            stacklevel=2,
+        )
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Build under plain torch state: tensors made in inference mode would refuse what users do with them later.
+
+    Garbage collection waits: a load makes thousands of small objects and no garbage.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        if collecting:
+            gc.enable()

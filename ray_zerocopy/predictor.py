@@ -1,0 +1,336 @@
+"""`ZeroCopyPredictor`: the only file that knows Ray Data's conventions."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import logging
+import os
+import types
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import pyarrow as pa
+import torch
+from torch.utils import _pytree
+
+from . import actor
+from ._device import DeviceLike
+from ._store import Loaded, ModelRef, format_bytes
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+__all__ = ["ZeroCopyPredictor"]
+
+logger = logging.getLogger(__package__)
+_bindings = itertools.count(1)
+
+
+class ZeroCopyPredictor:
+    """Base class for a callable class that Ray Data runs on an actor pool, with a model loaded without a copy.
+
+    What happens to a subclass in `ds.map_batches`:
+
+    1. The driver shares the model, `model_ref = prepare_model_for_actors(model)`, and hands it over in one of
+       three ways, the first that is there counting: `fn_constructor_kwargs={"model_ref": model_ref}`;
+       `MyPredictor.using(model_ref)` in place of the class; a class attribute `model_ref`, which works for
+       classes in `__main__` or a notebook (Ray finds those of a module by name, so an attribute set at run
+       time is lost).
+    2. In each actor `__init__` loads the model and logs one line that says what, how fast, and what is shared.
+       `self.model` and `self.device` are then there. A subclass with an `__init__` calls `super().__init__()`.
+    3. For each batch, under `torch.inference_mode()`: the batch, in whatever format Ray Data gives it, becomes
+       a `pyarrow.Table`; `preprocess` turns it into the model's inputs, which move to `self.device`; `predict`
+       calls the model; its outputs move to the host; `postprocess` makes of them what Ray Data gets.
+
+    Example:
+        >>> class Doubled(ZeroCopyPredictor):
+        ...     def preprocess(self, batch):
+        ...         return torch.from_numpy(batch["x"].to_numpy())[:, None]
+        ...
+        ...     def postprocess(self, outputs, batch):
+        ...         return batch.append_column("y", pa.array(outputs[:, 0].numpy()))
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.constant_(model.weight, 2.0)
+        >>> predictor = Doubled(actor.prepare_model_for_actors(model))
+        >>> predictor(pa.table({"x": pa.array([1.0, 2.0], pa.float32())})).column("y").to_pylist()
+        [2.0, 4.0]
+    """
+
+    model_ref: ClassVar[ModelRef | None] = None
+
+    model: Any
+    """The loaded model."""
+    device: torch.device
+    """Where the model is, and where `predict` gets its inputs."""
+    loaded: Loaded
+    """How the load went: seconds, bytes shared and private, whether writes are isolated."""
+
+    def __init__(
+        self,
+        model_ref: ModelRef | None = None,
+        *,
+        device: DeviceLike = None,
+        require_isolation: bool = False,
+    ) -> None:
+        """Load the model; the arguments are those of `load_model_in_actor`.
+
+        Raises:
+            TypeError: No model was given, it is not a `ModelRef`, or `preprocess` or `postprocess` is not written.
+            ModelLostError: The model is no longer in the store.
+            ValueError: The device is unknown, or not this worker's.
+        """
+        _check_written(type(self))
+        if model_ref is None:
+            model_ref = self.model_ref
+        if model_ref is None:
+            raise TypeError(_no_model(type(self)))
+        self.loaded = actor.load(model_ref, device, require_isolation=require_isolation)
+        self.model = self.loaded.model
+        self.device = self.loaded.device
+        _log(
+            f"{_name(type(self))}: {model_ref.class_name} loaded in {self.loaded.seconds * 1000:.1f} ms on "
+            f"{self.device}: {format_bytes(self.loaded.shared)} shared, "
+            f"{format_bytes(self.loaded.private + model_ref.carried_nbytes)} private, "
+            f"writes {'isolated' if self.loaded.isolated else 'NOT isolated'} (pid {os.getpid()})"
+        )
+
+    @classmethod
+    def using(cls, model_ref: ModelRef, **options: Any) -> type[Self]:
+        """Return this class with its model and options bound, for `map_batches` to take as it is.
+
+        Args:
+            model_ref: What `prepare_model_for_actors` returned.
+            options: Keyword arguments for the constructor, the subclass's own among them.
+
+        Returns:
+            A subclass of the same name, which pickles by value and so keeps what is bound to it.
+
+        Raises:
+            TypeError: `model_ref` is not a `ModelRef`, `preprocess` or `postprocess` is not written, or the
+                constructor has no such option.
+        """
+        _check_written(cls)
+        if not isinstance(model_ref, ModelRef):
+            raise TypeError(
+                f"{_name(cls)}.using needs a ModelRef, not {type(model_ref).__qualname__}. Make one with "
+                f"model_ref = prepare_model_for_actors(model)."
+            )
+        try:
+            inspect.signature(cls).bind_partial(**options)
+        except TypeError as error:
+            raise TypeError(f"{_name(cls)}.using: the constructor of {_name(cls)} {error}.") from None
+        members: dict[str, Any] = {
+            "model_ref": model_ref,
+            "__module__": cls.__module__,
+            # Not the class's own: Ray Data tells the instances on an actor apart by it, and a chain may use one
+            # class with two models. The operator shows __name__.
+            "__qualname__": f"{cls.__qualname__}.using_{next(_bindings)}",
+            "__doc__": cls.__doc__,
+        }
+        if options:
+
+            def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+                cls.__init__(self, *args, **{**options, **kwargs})
+
+            members["__init__"] = __init__
+        return types.new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(members))
+
+    # ------------------------------------------------------------ for subclasses to write
+
+    def preprocess(self, batch: pa.Table) -> Any:
+        """Turn a batch into the model's inputs: a tensor, or a mapping from argument name to tensor.
+
+        Args:
+            batch: The rows that Ray Data gives, as Arrow.
+
+        Returns:
+            What `predict` gets. Tensors in it, also inside lists, tuples and mappings, are moved to the device.
+        """
+        raise NotImplementedError
+
+    def predict(self, inputs: Any) -> Any:
+        """Call the model: with a mapping's items as keyword arguments, with anything else as the one argument.
+
+        Override it to call another method, or to reduce large outputs before they leave the device.
+        """
+        if isinstance(inputs, Mapping):
+            return self.model(**inputs)
+        return self.model(inputs)
+
+    def postprocess(self, outputs: Any, batch: pa.Table) -> Any:
+        """Turn the model's outputs into the rows that go on.
+
+        Args:
+            outputs: What `predict` returned, tensors moved to the host.
+            batch: The rows that `preprocess` got.
+
+        Returns:
+            A `pyarrow.Table` or `RecordBatch`, a `pandas.DataFrame`, or a mapping from column name to array,
+            tensor or list, all of one length; or a generator of such. Rows need not be as many as came in.
+        """
+        raise NotImplementedError
+
+    # ------------------------------------------------------------ for Ray Data to call
+
+    def __call__(self, batch: Any) -> Any:
+        """Take one batch through `preprocess`, `predict` and `postprocess`."""
+        name = _name(type(self))
+        table = _to_arrow(batch, name)
+        with torch.inference_mode():
+            inputs = _to_device(self.preprocess(table), self.device)
+            outputs = _to_device(self.predict(inputs), torch.device("cpu"))
+            rows = self.postprocess(outputs, table)
+            if inspect.isgenerator(rows):
+                return _each_to_rows(rows, name)
+            return _to_rows(rows, name)
+
+
+# ---------------------------------------------------------------- what a class is told that is not complete
+
+
+def _name(cls: type) -> str:
+    """Return the class name that the user wrote: Ray Data runs a subclass of its own."""
+    written = next((c for c in cls.__mro__ if not c.__module__.startswith("ray.")), cls)
+    return written.__name__
+
+
+def _check_written(cls: type[ZeroCopyPredictor]) -> None:
+    for method, signature in (("preprocess", "(self, batch)"), ("postprocess", "(self, outputs, batch)")):
+        if getattr(cls, method) is getattr(ZeroCopyPredictor, method):
+            raise TypeError(
+                f"{_name(cls)}.{method} is not written. A subclass of ZeroCopyPredictor defines {method}{signature}."
+            )
+
+
+def _no_model(cls: type[ZeroCopyPredictor]) -> str:
+    name = _name(cls)
+    return (
+        f"{name} got no model. Give ds.map_batches either {name}.using(model_ref), or {name} with "
+        f'fn_constructor_kwargs={{"model_ref": model_ref}}. A class attribute {name}.model_ref that was set at '
+        f"run time does not reach the workers if {name} is in an importable module ({cls.__module__}): Ray "
+        f"sends such a class by name only."
+    )
+
+
+# ---------------------------------------------------------------- batches in and out
+
+
+def _to_arrow(batch: Any, name: str) -> pa.Table:
+    if isinstance(batch, pa.Table):
+        return batch
+    if isinstance(batch, pa.RecordBatch):
+        return pa.Table.from_batches([batch])
+    from ray.data.block import BlockAccessor  # 0.7 s to import; here it is imported already
+
+    if isinstance(batch, Mapping):
+        try:
+            return BlockAccessor.batch_to_arrow_block(dict(batch))
+        except (pa.ArrowException, TypeError, ValueError) as error:
+            raise TypeError(
+                f"{name} got a mapping that is no batch of columns ({error}). It is for ds.map_batches, which "
+                f"gives many rows at a time, not for ds.map or ds.flat_map."
+            ) from error
+    if type(batch).__module__.startswith("pandas."):
+        return BlockAccessor.for_block(batch).to_arrow()
+    raise TypeError(
+        f"{name} got a batch of type {type(batch).__module__}.{type(batch).__qualname__}, which is none of Ray "
+        f"Data's formats. Use it in ds.map_batches, best with batch_format='pyarrow'."
+    )
+
+
+def _to_device(values: Any, device: torch.device) -> Any:
+    """Return `values` with every tensor in it on `device`; what holds them keeps its type where it can."""
+
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, torch.Tensor) and value.device != device else value
+
+    if isinstance(values, Mapping) and not isinstance(values, dict):
+        return {key: _to_device(value, device) for key, value in values.items()}
+    return _pytree.tree_map(move, values)
+
+
+def _each_to_rows(parts: Iterator[Any], name: str) -> Iterator[Any]:
+    while True:
+        with torch.inference_mode():
+            try:
+                part = next(parts)
+            except StopIteration:
+                return
+            rows = _to_rows(part, name)
+        yield rows
+
+
+def _to_rows(rows: Any, name: str) -> Any:
+    """Return what Ray Data accepts, or say what is wrong with what `postprocess` returned."""
+    if isinstance(rows, pa.Table) or type(rows).__module__.startswith("pandas."):
+        return rows
+    if isinstance(rows, pa.RecordBatch):
+        return pa.Table.from_batches([rows])
+    if not isinstance(rows, Mapping):
+        raise TypeError(
+            f"{name}.postprocess returned {_described(rows)}. Return a pyarrow.Table, or a mapping from column "
+            f"name to array or tensor, such as {{'prediction': outputs}}."
+        )
+    columns = {str(key): _to_column(value) for key, value in rows.items()}
+    lengths = {}
+    for key, column in columns.items():
+        if not hasattr(column, "__len__") or isinstance(column, str) or getattr(column, "ndim", 1) == 0:
+            raise TypeError(
+                f"{name}.postprocess returned {_described(column)} as column '{key}'. A column is an array, a "
+                f"tensor or a list with one entry a row."
+            )
+        lengths[key] = len(column)
+    if len(set(lengths.values())) > 1:
+        raise ValueError(
+            f"{name}.postprocess returned columns of unequal length: "
+            f"{', '.join(f'{key} has {length}' for key, length in lengths.items())}. Every column needs one entry "
+            f"a row."
+        )
+    from ray.data.block import BlockAccessor
+
+    arrow = {k: c for k, c in columns.items() if isinstance(c, (pa.Array, pa.ChunkedArray))}
+    table = BlockAccessor.batch_to_arrow_block({k: c for k, c in columns.items() if k not in arrow})
+    if not arrow:
+        return table
+    return pa.table({key: arrow[key] if key in arrow else table.column(key) for key in columns})
+
+
+_TO_FLOAT32 = frozenset(
+    getattr(torch, name)
+    for name in (
+        "bfloat16",
+        "float8_e4m3fn",
+        "float8_e5m2",
+        "float8_e4m3fnuz",
+        "float8_e5m2fnuz",
+        "float8_e8m0fnu",
+    )
+    if hasattr(torch, name)
+)
+
+
+def _to_column(values: Any) -> Any:
+    if not isinstance(values, torch.Tensor):
+        return values
+    values = values.detach().cpu().resolve_conj().resolve_neg()
+    # copy: numpy and Arrow have no such types; float32 holds every value of them
+    return values.to(torch.float32).numpy() if values.dtype in _TO_FLOAT32 else values.numpy()
+
+
+def _described(value: Any) -> str:
+    shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
+    return f"a {type(value).__module__}.{type(value).__qualname__}{shape}" if value is not None else "None"
+
+
+# ---------------------------------------------------------------- the log
+
+
+def _log(line: str) -> None:
+    """Log at INFO where somebody listens; else to standard error, which Ray shows in the driver."""
+    if not logger.hasHandlers() and logger.level == logging.NOTSET:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+    logger.info(line)
