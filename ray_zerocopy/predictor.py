@@ -46,7 +46,7 @@ class ZeroCopyPredictor:
     Example:
         >>> class Doubled(ZeroCopyPredictor):
         ...     def preprocess(self, batch):
-        ...         return torch.from_numpy(batch["x"].to_numpy())[:, None]
+        ...         return torch.tensor(batch["x"].to_pylist())[:, None]
         ...
         ...     def postprocess(self, outputs, batch):
         ...         return batch.append_column("y", pa.array(outputs[:, 0].numpy()))
@@ -189,10 +189,13 @@ class ZeroCopyPredictor:
 # ---------------------------------------------------------------- what a class is told that is not complete
 
 
+def _written(cls: type) -> type:
+    """Return the class that the user wrote: Ray Data runs a subclass of its own."""
+    return next((c for c in cls.__mro__ if not c.__module__.startswith("ray.")), cls)
+
+
 def _name(cls: type) -> str:
-    """Return the class name that the user wrote: Ray Data runs a subclass of its own."""
-    written = next((c for c in cls.__mro__ if not c.__module__.startswith("ray.")), cls)
-    return written.__name__
+    return _written(cls).__name__
 
 
 def _check_written(cls: type[ZeroCopyPredictor]) -> None:
@@ -208,7 +211,7 @@ def _no_model(cls: type[ZeroCopyPredictor]) -> str:
     return (
         f"{name} got no model. Give ds.map_batches either {name}.using(model_ref), or {name} with "
         f'fn_constructor_kwargs={{"model_ref": model_ref}}. A class attribute {name}.model_ref that was set at '
-        f"run time does not reach the workers if {name} is in an importable module ({cls.__module__}): Ray "
+        f"run time does not reach the workers if {name} is in an importable module ({_written(cls).__module__}): Ray "
         f"sends such a class by name only."
     )
 
@@ -231,12 +234,16 @@ def _to_arrow(batch: Any, name: str) -> pa.Table:
                 f"{name} got a mapping that is no batch of columns ({error}). It is for ds.map_batches, which "
                 f"gives many rows at a time, not for ds.map or ds.flat_map."
             ) from error
-    if type(batch).__module__.startswith("pandas."):
+    if _is_pandas(batch):
         return BlockAccessor.for_block(batch).to_arrow()
     raise TypeError(
         f"{name} got a batch of type {type(batch).__module__}.{type(batch).__qualname__}, which is none of Ray "
         f"Data's formats. Use it in ds.map_batches, best with batch_format='pyarrow'."
     )
+
+
+def _is_pandas(value: Any) -> bool:
+    return type(value).__name__ == "DataFrame" and type(value).__module__.split(".")[0] == "pandas"
 
 
 def _to_device(values: Any, device: torch.device) -> Any:
@@ -263,7 +270,7 @@ def _each_to_rows(parts: Iterator[Any], name: str) -> Iterator[Any]:
 
 def _to_rows(rows: Any, name: str) -> Any:
     """Return what Ray Data accepts, or say what is wrong with what `postprocess` returned."""
-    if isinstance(rows, pa.Table) or type(rows).__module__.startswith("pandas."):
+    if isinstance(rows, pa.Table) or _is_pandas(rows):
         return rows
     if isinstance(rows, pa.RecordBatch):
         return pa.Table.from_batches([rows])

@@ -1,0 +1,463 @@
+"""How long until a model is in the store, how long until an actor has it, and whose memory it takes.
+
+    python benchmarks/load.py            # all of it, under four minutes on two cores
+    python benchmarks/load.py --quick    # fewer rounds, no tenfold model
+
+BERT-base with random weights goes to four actors in every way that users have today. Two Ray sessions run side
+by side, one with RAY_ENABLE_ZERO_COPY_TORCH_TENSORS=1 in its environment, and take turns: every figure of a row
+is a median over rounds in which each row had its turn. Needs Linux, transformers and safetensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+import numpy as np
+import ray
+import safetensors.torch
+import torch
+import transformers
+
+import ray_zerocopy as rz
+
+MIB = 1 << 20
+ACTORS = 4
+PLAIN, FLAG, OURS, FLOOR = "ray.put(model)", "Ray's flag", "ray_zerocopy", "ray.put(arrays)"
+TORCH, TORCH_MMAP, SAFETENSORS = "torch.load", "torch.load(mmap) + assign", "safetensors + assign"
+ROWS = {PLAIN: "off", FLAG: "on", TORCH: "off", TORCH_MMAP: "off", SAFETENSORS: "off", OURS: "off", FLOOR: "off"}
+IN_STORE = (PLAIN, FLAG, OURS, FLOOR)
+BASE_HIDDEN, TENFOLD_HIDDEN = 768, 2652
+# Room for the tenfold model and the base one; pages that nobody touches cost nothing.
+STORE_BYTES = 6 << 30
+# A turn of one row in one actor ends after this many loads, or when it took this long.
+LOADS_A_TURN, SECONDS_A_TURN = 5, 0.5
+
+
+def config(hidden):
+    return transformers.BertConfig(hidden_size=hidden, intermediate_size=4 * hidden)
+
+
+def model_without_weights(hidden):
+    with torch.device("meta"):
+        return transformers.BertModel(config(hidden)).eval()
+
+
+def assigned(weights):
+    """Build a model around loaded weights, as users do who want no copy; two buffers are in no checkpoint."""
+    model = model_without_weights(BASE_HIDDEN)
+    model.load_state_dict(weights, assign=True)
+    length = model.config.max_position_embeddings
+    model.embeddings.position_ids = torch.arange(length).expand((1, -1))
+    model.embeddings.token_type_ids = torch.zeros((1, length), dtype=torch.long)
+    return model
+
+
+PREPARE = {
+    PLAIN: lambda model: ray.put(model),
+    FLAG: lambda model: ray.put(model),
+    OURS: lambda model: rz.prepare_model_for_actors(model),
+    FLOOR: lambda arrays: ray.put(arrays),
+}
+LOAD = {
+    PLAIN: lambda ref: ray.get(ref),
+    FLAG: lambda ref: ray.get(ref),
+    TORCH: lambda path: torch.load(path, weights_only=False),
+    TORCH_MMAP: lambda path: assigned(torch.load(path, mmap=True)),
+    SAFETENSORS: lambda path: assigned(safetensors.torch.load_file(path)),
+    OURS: lambda ref: rz.load_model_in_actor(ref),
+    FLOOR: lambda ref: ray.get(ref),
+}
+
+
+# ---------------------------------------------------------------- in an actor
+
+
+def private_bytes():
+    with open("/proc/self/smaps_rollup") as file:
+        return sum(int(line.split()[1]) * 1024 for line in file if line.startswith("Private_"))
+
+
+def give_back():
+    """Give the freed heap back to the system."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+class Actor:
+    def __init__(self):
+        torch.set_num_threads(1)
+        model_without_weights(96)  # imports what every row needs
+        self.model = None
+        self.before = 0
+
+    def first(self, row, source):
+        """Load once, call the model once, keep it; return the seconds of the load and what the model said."""
+        begin = time.perf_counter()
+        self.model = LOAD[row](source[0])
+        seconds = time.perf_counter() - begin
+        if row == FLOOR:
+            return seconds, float(sum(array.sum(dtype=np.float64) for array in self.model))
+        with torch.inference_mode():
+            return seconds, float(self.model(torch.arange(128)[None]).last_hidden_state.double().abs().sum())
+
+    def drop(self):
+        """Let the model go; what is private from here on counts."""
+        self.model = None
+        give_back()
+        self.before = private_bytes()
+
+    def private(self):
+        return private_bytes() - self.before
+
+    def loads(self, row, source):
+        """Load and drop a few times; return the seconds of each."""
+        taken = []
+        while len(taken) < LOADS_A_TURN and sum(taken) < SECONDS_A_TURN:
+            begin = time.perf_counter()
+            model = LOAD[row](source[0])
+            taken.append(time.perf_counter() - begin)
+            del model
+        gc.collect()
+        return taken
+
+
+# ---------------------------------------------------------------- in a session
+
+
+class Session:
+    """One Ray session in a process of its own; `main` calls the methods by name."""
+
+    def __init__(self, folder):
+        ray.init(
+            address="local",
+            num_cpus=8,
+            include_dashboard=False,
+            object_store_memory=STORE_BYTES,
+            logging_level="error",
+            log_to_driver=False,
+        )
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        self.folder = folder
+        self.model = transformers.BertModel(config(BASE_HIDDEN)).eval()
+        self.arrays = [tensor.detach().numpy() for tensor in self.model.state_dict().values()]
+        self.sources = {}
+        self.actors = [ray.remote(Actor).options(num_cpus=1).remote() for _ in range(ACTORS)]
+        self.warm()
+
+    def warm(self):
+        """Touch the store's pages: the first write to one takes many times what every later one does."""
+        block = np.ones(self.nbytes() + MIB, dtype=np.uint8)
+        held = [ray.put(block) for _ in range(6)]
+        del held
+        ray.get([actor.drop.remote() for actor in self.actors])
+
+    def settle(self):
+        give_back()
+
+    def nbytes(self):
+        return sum(tensor.nbytes for tensor in self.model.state_dict().values())
+
+    def tensors(self):
+        return len(self.model.state_dict())
+
+    def expected(self):
+        with torch.inference_mode():
+            return float(self.model(torch.arange(128)[None]).last_hidden_state.double().abs().sum())
+
+    def prepare(self, row):
+        what = self.arrays if row == FLOOR else self.model
+        begin = time.perf_counter()
+        ref = PREPARE[row](what)
+        seconds = time.perf_counter() - begin
+        del ref
+        return seconds
+
+    def share(self, row):
+        """Leave the model where actors load it from."""
+        path = os.path.join(self.folder, row.split()[0])
+        if row in IN_STORE:
+            self.sources[row] = [PREPARE[row](self.arrays if row == FLOOR else self.model)]
+            return
+        if row == TORCH:
+            torch.save(self.model, path)
+        elif row == TORCH_MMAP:
+            path += "-weights"
+            torch.save(self.model.state_dict(), path)
+        else:
+            safetensors.torch.save_file(self.model.state_dict(), path)
+        self.sources[row] = [path]
+
+    def first(self, row):
+        """Load in each actor; return seconds, what the models said, and the private bytes of each."""
+        ray.get([actor.drop.remote() for actor in self.actors])
+        results = [ray.get(actor.first.remote(row, self.sources[row])) for actor in self.actors]
+        # Only now: what one process alone has mapped counts as its own until the next maps it, too.
+        private = ray.get([actor.private.remote() for actor in self.actors])
+        ray.get([actor.drop.remote() for actor in self.actors])
+        return [seconds for seconds, _ in results], [said for _, said in results], private
+
+    def loads(self, row):
+        return [ray.get(actor.loads.remote(row, self.sources[row])) for actor in self.actors]
+
+    def share_tenfold(self, row):
+        """Keep only `row`, and add a model of the same number of tensors and ten times the bytes."""
+        self.sources = {row: self.sources[row]}
+        model = model_without_weights(TENFOLD_HIDDEN).to_empty(device="cpu")
+        self.sources["tenfold"] = [PREPARE[row](model)]
+        return sum(tensor.nbytes for tensor in model.state_dict().values()), len(model.state_dict())
+
+    def loads_tenfold(self, row):
+        """Take turns between the two sizes in one actor."""
+        return [ray.get(self.actors[0].loads.remote(row, self.sources[size])) for size in (row, "tenfold")]
+
+    def close(self):
+        self.sources.clear()
+        ray.shutdown()
+
+
+def serve(folder):
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever a library prints is no answer
+    session = Session(folder)
+    print(json.dumps("ready"), file=answers, flush=True)
+    for line in sys.stdin:
+        method, *arguments = json.loads(line)
+        print(json.dumps(getattr(session, method)(*arguments)), file=answers, flush=True)
+
+
+# ---------------------------------------------------------------- taking turns
+
+
+class Child:
+    """A session's process, seen from outside."""
+
+    def __init__(self, folder, flag):
+        environment = {key: value for key, value in os.environ.items() if key != "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS"}
+        if flag == "on":
+            environment["RAY_ENABLE_ZERO_COPY_TORCH_TENSORS"] = "1"
+        here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        environment["PYTHONPATH"] = os.pathsep.join([here, *filter(None, [environment.get("PYTHONPATH")])])
+        environment["PYTHONWARNINGS"] = "ignore"  # the flag warns at each put
+        self.process = subprocess.Popen(
+            [sys.executable, os.path.abspath(__file__), "--serve", folder],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def answer(self):
+        line = self.process.stdout.readline()
+        if not line:
+            sys.exit("a session ended early; its error stands above")
+        return json.loads(line)
+
+    def ask(self, method, *arguments):
+        print(json.dumps([method, *arguments]), file=self.process.stdin, flush=True)
+        return self.answer()
+
+    def growth(self, row):
+        """Return by how many bytes the heap of the driver rises, at its peak, while it prepares.
+
+        Sampled from outside: a thread of the driver's own would wait for the lock just when it matters.
+        """
+        samples = [self.anonymous()]
+        done = threading.Event()
+
+        def sample():
+            while not done.is_set():
+                samples.append(self.anonymous())
+                time.sleep(0.0005)
+
+        sampler = threading.Thread(target=sample)
+        sampler.start()
+        self.ask("prepare", row)
+        done.set()
+        sampler.join()
+        return max(samples) - samples[0]
+
+    def anonymous(self):
+        with open(f"/proc/{self.process.pid}/statm") as file:
+            _, resident, shared, *_ = map(int, file.read().split())
+        return (resident - shared) * os.sysconf("SC_PAGESIZE")
+
+    def close(self):
+        self.ask("close")
+        self.process.stdin.close()
+        self.process.wait(30)
+
+
+def measure(rounds, tenfold):
+    results = {row: {"prepare": [], "growth": [], "first": [], "loads": [], "private": []} for row in ROWS}
+    with tempfile.TemporaryDirectory() as folder:
+        sessions = {flag: Child(folder, flag) for flag in ("off", "on")}
+        for child in sessions.values():
+            child.answer()
+        facts = {"nbytes": sessions["off"].ask("nbytes"), "tensors": sessions["off"].ask("tensors")}
+        expected = sessions["off"].ask("expected")
+
+        def settle():
+            time.sleep(1.2)  # Ray frees what was dropped once a second
+            for child in sessions.values():
+                child.ask("settle")
+
+        settle()
+        for number in range(rounds + 1):
+            # Turned around each time, so that no row always comes after the same other; the slow one goes once.
+            for row in (IN_STORE + IN_STORE[1:])[:: 1 if number % 2 else -1]:
+                seconds = sessions[ROWS[row]].ask("prepare", row)
+                if number:  # the first round warms up
+                    results[row]["prepare"].append(seconds)
+            settle()
+        for row in IN_STORE:
+            results[row]["growth"].append(sessions[ROWS[row]].growth(row))
+            settle()
+        for row, flag in ROWS.items():
+            sessions[flag].ask("share", row)
+            results[row]["first"], said, private = sessions[flag].ask("first", row)
+            results[row]["private"].append(sum(private))
+            if row != FLOOR and any(abs(value - expected) > 1e-6 * expected for value in said):
+                sys.exit(f"{row}: a loaded model says {said}, the source {expected}")
+        for _ in range(rounds):
+            for row, flag in ROWS.items():
+                for taken in sessions[flag].ask("loads", row):
+                    results[row]["loads"] += taken
+        for row in (OURS, FLAG) if tenfold else ():
+            child = sessions[ROWS[row]]
+            facts["tenfold nbytes"], facts["tenfold tensors"] = child.ask("share_tenfold", row)
+            pairs = [child.ask("loads_tenfold", row) for _ in range(max(rounds, 5))]
+            results[row]["tenfold"] = [[s for pair in pairs[1:] for s in pair[size]] for size in (0, 1)]
+            child.close()  # its store's memory is wanted
+        if not tenfold:
+            for child in sessions.values():
+                child.close()
+    return results, facts
+
+
+# ---------------------------------------------------------------- the table
+
+
+def versions():
+    names = ("ray", "torch", "transformers", "safetensors", "numpy")
+    parts = [f"Python {platform.python_version()}", *(f"{n} {importlib.metadata.version(n)}" for n in names)]
+    with open("/proc/meminfo") as file:
+        memory = int(file.readline().split()[1]) / MIB
+    with open("/proc/cpuinfo") as file:
+        chip = next(
+            (line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine()
+        )
+    machine = f"{os.cpu_count()} cores ({chip}), {memory:.0f} GiB, Linux {platform.release()}"
+    return ", ".join(parts) + "\n" + machine
+
+
+def median(values, scale=1.0):
+    return statistics.median(values) * scale if values else None
+
+
+def shown(value, form):
+    return "" if value is None else format(value, form)
+
+
+def report(results, facts, seconds):
+    print(
+        f"BERT-base, random weights, {facts['nbytes'] / MIB:.1f} MiB in {facts['tensors']} tensors; CPU, one thread"
+    )
+    print(versions())
+    print(f"medians of {len(results[OURS]['prepare'])} prepares, {len(results[OURS]['loads'])} loads ", end="")
+    print(f"(at least {min(len(r['loads']) for r in results.values())} of the slowest); {seconds:.0f} s in all\n")
+    head = ["", "prepare s", "driver growth", "first load ms", "load ms", f"{ACTORS} actors, private MiB"]
+    rows = [head]
+    for row, r in results.items():
+        growth = median(r["growth"], 1 / facts["nbytes"])
+        rows.append(
+            [
+                row,
+                shown(median(r["prepare"]), ".3f"),
+                "" if growth is None else f"{growth:.2f}x",
+                shown(median(r["first"], 1e3), ".1f"),
+                shown(median(r["loads"], 1e3), ".2f"),
+                shown(median(r["private"], 1 / MIB), ".0f"),
+            ]
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    for row in rows:
+        print("  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]))
+    print(
+        f"{FLOOR}: the same bytes as numpy arrays, the floor; its actors sum them up, the others call the model once"
+    )
+    print("private: what four actors have more than before the load, the scratch memory of one forward included\n")
+
+    def ratio(figure, row, other):
+        return median(results[row][figure]) / median(results[other][figure])
+
+    goals = [
+        ("load, of the time of Ray's flag", ratio("loads", OURS, FLAG), 0.6),
+        (f"prepare, of the time of {FLOOR}", ratio("prepare", OURS, FLOOR), 1.25),
+    ]
+    if "tenfold" in results[OURS]:
+        size = facts["tenfold nbytes"] / facts["nbytes"]
+        small, large = (median(taken, 1e3) for taken in results[OURS]["tenfold"])
+        name = (
+            f"load with {size:.1f}x the bytes in {facts['tenfold tensors']} tensors ({large:.2f} of {small:.2f} ms)"
+        )
+        goals.append((name, large / small, 1.2))
+    width = max(len(name) for name, *_ in goals)
+    for name, value, limit in goals:
+        print(f"{name.ljust(width)}  {value:5.2f}x  to reach: {limit:.2f}x  {'yes' if value <= limit else 'NO'}")
+    if "tenfold" in results[FLAG]:
+        small, large = (median(taken, 1e3) for taken in results[FLAG]["tenfold"])
+        print(f"  (the same with Ray's flag: {large / small:.2f}x, {large:.2f} of {small:.2f} ms)")
+
+    print("\nwhere we lose:")
+    losses = []
+    for figure, what in (
+        ("prepare", "prepare"),
+        ("growth", "driver growth"),
+        ("first", "first load"),
+        ("loads", "load"),
+        ("private", "private memory"),
+    ):
+        ours = median(results[OURS][figure])
+        for row, r in results.items():
+            # Within a twentieth is a tie, and so is a MiB an actor.
+            if row == OURS or not r[figure]:
+                continue
+            theirs = median(r[figure])
+            slack = ACTORS * MIB if figure in ("growth", "private") else 0.05 * theirs
+            if ours <= theirs + slack:
+                continue
+            unit, scale = ("MiB", 1 / MIB) if figure in ("growth", "private") else ("ms", 1e3)
+            losses.append(f"{what}: {ours * scale:.1f} {unit}, {row} {theirs * scale:.1f} {unit}")
+    print("\n".join(f"  {line}" for line in losses) or "  nowhere in this run")
+    print("  the weights have to fit into the object store; a checkpoint on disk needs no store and no driver")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each row (default 7)")
+    parser.add_argument("--quick", action="store_true", help="three rounds, and no tenfold model")
+    parser.add_argument("--serve", metavar="FOLDER", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve(options.serve)
+        return
+    begin = time.perf_counter()
+    results, facts = measure(3 if options.quick else options.rounds, tenfold=not options.quick)
+    report(results, facts, time.perf_counter() - begin)
+
+
+if __name__ == "__main__":
+    main()

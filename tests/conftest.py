@@ -1,0 +1,46 @@
+"""One real local Ray for all tests, and two actors that run what a test hands them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+
+import pytest
+import ray
+import torch
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """Start a local Ray with more logical CPUs than any test's actors take."""
+    ray.init(num_cpus=16, include_dashboard=False, object_store_memory=1 << 30, logging_level="error")
+    torch.set_num_threads(1)
+    yield
+    ray.shutdown()
+
+
+class Runner:
+    """An actor that runs functions and keeps what they leave in `self.kept`, so that tests can share it."""
+
+    def __init__(self) -> None:
+        torch.set_num_threads(1)
+        self.kept: dict[str, Any] = {}
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args)
+
+    def run_kept(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(self.kept, *args)
+
+
+@pytest.fixture(scope="session")
+def two_actors(ray_session: None) -> list[Any]:
+    """Start two actors in processes of their own."""
+    remote = ray.remote(num_cpus=0.1)(Runner)
+    actors = [remote.remote() for _ in range(2)]
+    ray.get([actor.run.remote(int) for actor in actors])
+    return actors

@@ -1,0 +1,120 @@
+"""Describe an object graph independently of the library, so that two graphs can be compared part by part."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+
+_ATOMS = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size)
+
+
+def describe(obj: object, *, flags: bool = True) -> list[tuple[Any, ...]]:
+    """Return one line a part of the graph: path, type, and for tensors everything that a user can see.
+
+    Objects and storages are numbered in the order they are met, so equal descriptions mean equal aliasing.
+    With `flags=False`, train mode and requires_grad are left out.
+    """
+    lines: list[tuple[Any, ...]] = []
+    numbers: dict[int, int] = {}
+    storages: dict[int, int] = {}
+    alive: list[object] = []
+
+    def visit(part: Any, path: str) -> None:
+        if isinstance(part, _ATOMS):
+            if flags or not path.endswith(".training"):
+                lines.append((path, repr(part)))
+            return
+        known = numbers.get(id(part))
+        if known is not None:
+            lines.append((path, "same as", known))
+            return
+        numbers[id(part)] = len(numbers)
+        alive.append(part)
+        kind = f"{type(part).__module__}.{type(part).__qualname__}"
+        lines.append((path, kind))
+        if isinstance(part, torch.Tensor):
+            lines.append((path, *tensor_facts(part, storages, alive, flags)))
+            visit(dict(vars(part)), path + ".__dict__")
+        elif isinstance(part, dict):
+            for key, value in part.items():
+                visit(value, f"{path}[{key!r}]")
+        elif isinstance(part, (list, tuple)):
+            for number, value in enumerate(part):
+                visit(value, f"{path}[{number}]")
+        elif hasattr(part, "__dict__") and not isinstance(part, type) and not callable_only(part):
+            for name, value in sorted(vars(part).items()):
+                visit(value, f"{path}.{name}")
+
+    visit(obj, "")
+    return lines
+
+
+def callable_only(part: object) -> bool:
+    """Tell functions and modules of Python, whose insides are not the model's."""
+    return type(part).__name__ in ("function", "builtin_function_or_method", "module", "method", "weakref")
+
+
+def tensor_facts(tensor: torch.Tensor, storages: dict[int, int], alive: list[object], flags: bool) -> tuple[Any, ...]:
+    """Return what tells a tensor from another: dtype, shape, stride, bits, values, storage, flags."""
+    facts: list[Any] = [tensor.dtype, tuple(tensor.shape), tensor.layout, tensor.device.type]
+    if flags:
+        facts += [tensor.requires_grad]
+    if tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested and not tensor.is_meta:
+        storage = tensor.untyped_storage()
+        alive.append(storage)
+        facts += [tensor.stride(), tensor.is_conj(), tensor.is_neg()]
+        facts += ["storage", storages.setdefault(storage._cdata, len(storages))]
+    facts += [digest(tensor)]
+    return tuple(facts)
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """Return a hash of a tensor's values, bit for bit."""
+    with torch.no_grad():
+        plain = tensor.detach()
+        if plain.is_meta:
+            return "meta"
+        if plain.layout is not torch.strided:
+            plain = plain.to_dense()
+        if plain.is_quantized:
+            plain = plain.int_repr()
+        if plain.is_nested:
+            return "+".join(digest(part) for part in plain.unbind())
+        if type(plain) is not torch.Tensor and hasattr(plain, "__tensor_flatten__"):
+            names, _ = plain.__tensor_flatten__()
+            return "+".join(digest(getattr(plain, name)) for name in names)
+        plain = plain.as_subclass(torch.Tensor).resolve_conj().resolve_neg().contiguous().reshape(-1)
+        if plain.numel() == 0:
+            return "empty"
+        return hashlib.sha256(plain.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+
+
+def storage_bytes(obj: object) -> int:
+    """Return the bytes of the distinct storages under the strided tensors of a graph."""
+    seen: dict[int, int] = {}
+    alive: list[object] = []
+    visited: set[int] = set()
+
+    def visit(part: Any) -> None:
+        if isinstance(part, _ATOMS) or id(part) in visited:
+            return
+        visited.add(id(part))
+        alive.append(part)
+        if isinstance(part, torch.Tensor):
+            storage = part.untyped_storage()
+            alive.append(storage)
+            seen[storage._cdata] = storage.nbytes()
+            visit(vars(part))
+        elif isinstance(part, dict):
+            for value in part.values():
+                visit(value)
+        elif isinstance(part, (list, tuple)):
+            for value in part:
+                visit(value)
+        elif hasattr(part, "__dict__") and not isinstance(part, type) and not callable_only(part):
+            visit(vars(part))
+
+    visit(obj)
+    return sum(seen.values())

@@ -1,0 +1,399 @@
+"""The two functions for actors: what Hugging Face and safetensors see, what it costs, and what bad input gets."""
+
+from __future__ import annotations
+
+import copy
+import io
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from models import CASES
+from torch import nn
+
+from ray_zerocopy import (
+    ModelLostError,
+    ModelRef,
+    ZeroCopyError,
+    _device,
+    _graph,
+    _store,
+    load_model_in_actor,
+    memory,
+    prepare_model_for_actors,
+)
+
+
+def known_objects() -> int:
+    """Return how many objects this process holds references to, as Ray counts them."""
+    return len(ray._private.worker.global_worker.core_worker.get_all_reference_counts())
+
+
+# ---------------------------------------------------------------- what others make of a loaded model
+
+
+def test_hugging_face_generates(ray_session: None) -> None:
+    """A loaded decoder generates the same tokens as the source."""
+    source = CASES["hugging_face_decoder"].make().eval()
+    loaded = load_model_in_actor(prepare_model_for_actors(source))
+    ids = torch.arange(5)[None]
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(loaded.generate(ids, **options), source.generate(ids, **options))
+
+
+def test_ties_are_one_file_entry(ray_session: None, tmp_path: Path) -> None:
+    """save_pretrained and safetensors see a loaded model's ties as they see the source's."""
+    from safetensors.torch import load_model, save_model
+
+    source = CASES["hugging_face_decoder"].make().eval()
+    loaded = load_model_in_actor(prepare_model_for_actors(source))
+    for name, model in (("source", source), ("loaded", loaded)):
+        model.save_pretrained(tmp_path / name)
+        save_model(model, str(tmp_path / f"{name}.safetensors"))
+    for one, two in (("source.safetensors", "loaded.safetensors"), ("source/model.safetensors",) * 2):
+        assert (tmp_path / one).read_bytes() == (tmp_path / two).read_bytes()
+    assert (tmp_path / "loaded/model.safetensors").stat().st_size == (
+        tmp_path / "source/model.safetensors"
+    ).stat().st_size
+    load_model(loaded, str(tmp_path / "source.safetensors"))
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+
+
+def test_a_copy_of_a_tensor_costs_that_tensor(ray_session: None) -> None:
+    """Deepcopy or torch.save of one small tensor of a loaded model takes that tensor's bytes."""
+    loaded = load_model_in_actor(prepare_model_for_actors(CASES["large_layers"].make()))
+    bias = loaded[0].bias
+    assert copy.deepcopy(bias).untyped_storage().nbytes() == bias.nbytes
+    stream = io.BytesIO()
+    torch.save(bias, stream)
+    assert len(stream.getvalue()) < bias.nbytes + 2000
+
+
+def test_loads_outside_of_inference_mode(ray_session: None) -> None:
+    """A model loaded inside inference_mode can be trained afterwards."""
+    ref = prepare_model_for_actors(nn.Linear(4, 4))
+    with torch.inference_mode():
+        loaded = load_model_in_actor(ref, keep_flags=True)
+    loaded(torch.ones(1, 4)).sum().backward()
+    assert loaded.weight.grad is not None
+
+
+def test_a_default_device_does_not_matter(ray_session: None) -> None:
+    """A default device or dtype set by the user does not change what is loaded."""
+    ref = prepare_model_for_actors(CASES["views"].make())
+    with torch.device("meta"):
+        loaded = load_model_in_actor(ref)
+    assert {p.device.type for p in loaded.parameters()} == {"cpu"}
+
+
+def test_object_refs_inside_stay_alive(ray_session: None) -> None:
+    """An ObjectRef held by the shared object is carried, and keeps its object for as long as the handle lives."""
+    ref = prepare_model_for_actors({"model": nn.Linear(2, 2), "data": ray.put(np.arange(1000))})
+    assert ray.get(load_model_in_actor(ref)["data"])[999] == 999
+
+
+def test_numpy_arrays_are_shared_too(ray_session: None) -> None:
+    """A large numpy array is a view of the store, writable like the source, and private to its writer."""
+    source = {"table": np.arange(100_000), "fixed": np.arange(50_000)}
+    source["fixed"].flags.writeable = False
+    ref = prepare_model_for_actors(source)
+    assert ref.carried_nbytes < 2000
+    one, two = load_model_in_actor(ref), load_model_in_actor(ref)
+    assert memory.location(torch.from_numpy(one["table"])) == memory.location(torch.from_numpy(two["table"]))
+    one["table"][:] = 0
+    assert two["table"][7] == 7
+    assert not one["fixed"].flags.writeable
+
+
+def test_with_rays_own_flag(tmp_path: Path) -> None:
+    """Everything in test_models.py holds with RAY_ENABLE_ZERO_COPY_TORCH_TENSORS=1 too."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_models.py"],
+        cwd=Path(__file__).parent,
+        env=os.environ | {"RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+# ---------------------------------------------------------------- what it costs
+
+
+def private_growth(kept: dict[str, Any], ref: ModelRef) -> int:
+    """Load a model and touch all of it; return by how much the process's private memory grew."""
+    load_model_in_actor(ref)  # the first load of a process imports modules
+    before = _private_memory()
+    kept["model"] = load_model_in_actor(ref)
+    sum(p.sum() for p in kept["model"].parameters())
+    return _private_memory() - before
+
+
+def _private_memory() -> int:
+    with open("/proc/self/smaps_rollup", encoding="utf-8") as file:
+        return sum(int(line.split()[1]) * 1024 for line in file if line.startswith("Private_"))
+
+
+def bert_sized() -> nn.Module:
+    """Return a random model of BERT-base's size and number of tensors."""
+    from transformers import BertConfig, BertModel
+
+    return BertModel(BertConfig())
+
+
+def test_private_memory_is_not_the_weights(two_actors: list[Any]) -> None:
+    """Loading and reading a model of 438 MB makes an actor's private memory grow by at most 4 MB."""
+    ref = prepare_model_for_actors(bert_sized())
+    assert ref.nbytes > 430_000_000
+    assert ray.get(two_actors[0].run_kept.remote(private_growth, ref)) <= 4_000_000
+
+
+def test_preparing_needs_no_second_copy(ray_session: None) -> None:
+    """Preparing a model of 438 MB makes the driver's own memory grow by at most 5% of that at any time."""
+    source = bert_sized()
+    prepare_model_for_actors(source)
+    peak = []
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.is_set():
+            peak.append(anonymous())
+
+    def anonymous() -> int:
+        with open("/proc/self/status", encoding="utf-8") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+
+    before = anonymous()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    ref = prepare_model_for_actors(source)
+    stop.set()
+    watcher.join()
+    assert len(peak) > 3
+    assert max(peak) - before <= 0.05 * ref.nbytes
+
+
+# ---------------------------------------------------------------- the handle
+
+
+def test_the_handle_is_small_and_says_what_it_is(ray_session: None) -> None:
+    """A handle pickles with Ray into little, prints what it stands for, and can be a dict key."""
+    ref = prepare_model_for_actors(nn.Linear(512, 512))
+    assert len(ray.cloudpickle.dumps(ref)) < 2000
+    assert repr(ref).startswith("ModelRef(Linear, 2 tensors, 1.0 MiB shared, ")
+    assert {ref: 1}[ref] == 1
+
+
+def test_many_objects(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model larger than one object's share lies in several objects, and loads as from one."""
+    monkeypatch.setattr(_store, "OBJECT_BYTES", 1 << 20)
+    source = CASES["large_layers"].make()
+    ref = prepare_model_for_actors(source)
+    assert len(ref.refs) > 1
+    loaded = load_model_in_actor(ref)
+    assert all(torch.equal(a, b) for a, b in zip(source.parameters(), loaded.parameters(), strict=True))
+    assert all(memory.location(p) is not None for p in loaded.parameters())
+
+
+# ---------------------------------------------------------------- bad input
+
+
+class Holder:
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+
+def lambda_with_lock() -> Any:
+    lock = threading.Lock()
+    return lambda: lock
+
+
+@pytest.mark.parametrize(
+    ("place", "path"),
+    [
+        (lambda m: setattr(m[1], "_lock", threading.Lock()), r"Sequential\.1\._lock is a _thread\.lock"),
+        (
+            lambda m: setattr(m, "config", {"a": [1, threading.Lock()]}),
+            r"Sequential\.config\['a'\]\[1\] is a _thread",
+        ),
+        (lambda m: setattr(m[0], "owner", Holder(open(os.devnull))), r"Sequential\.0\.owner\.inner is a _io\.TextIO"),
+        (lambda m: setattr(m, "make", lambda_with_lock()), r"Sequential\.make\.<closure lock> is a _thread\.lock"),
+        (lambda m: setattr(m, "steps", (i for i in range(3))), r"Sequential\.steps is a builtins\.generator"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_what_cannot_be_pickled_is_named(place: Any, path: str, ray_session: None) -> None:
+    """The error names the path of the attribute and the remedy, and nothing is left in the store."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    place(model)
+    before = known_objects()
+    with pytest.raises(TypeError, match=rf"Sequential cannot be shared: {path}.*__getstate__"):
+        prepare_model_for_actors(model)
+    assert known_objects() == before
+
+
+def test_a_model_larger_than_the_store(ray_session: None) -> None:
+    """A model that the store cannot hold is refused before anything is put, with sizes and the setting."""
+    before = known_objects()
+    with pytest.raises(ZeroCopyError, match=r"1\.5 GiB to share.*holds 1\.0 GiB.*object_store_memory="):
+        prepare_model_for_actors(torch.empty(3 << 29, dtype=torch.uint8))
+    assert known_objects() == before
+
+
+@pytest.mark.parametrize("wrong", [None, "ref", 3, nn.Linear(1, 1)])
+def test_what_is_no_handle(wrong: Any, ray_session: None) -> None:
+    """Anything but a handle is a TypeError that says how to make one."""
+    with pytest.raises(TypeError, match=r"a ModelRef is needed.*prepare_model_for_actors"):
+        load_model_in_actor(wrong)
+
+
+def test_an_object_ref_is_no_model(ray_session: None) -> None:
+    """An ObjectRef given for a model, and a handle shared twice, are said to be that."""
+    with pytest.raises(TypeError, match="an ObjectRef was given"):
+        prepare_model_for_actors(ray.put(1))
+    with pytest.raises(TypeError, match="is shared already"):
+        prepare_model_for_actors(prepare_model_for_actors(nn.Linear(1, 1)))
+
+
+def test_a_handle_from_another_session(ray_session: None) -> None:
+    """A handle from an earlier Ray session is an error at once, not a wait for what never comes."""
+    ref = prepare_model_for_actors(nn.Linear(1, 1))
+    foreign = ModelRef(ref.class_name, ref.nbytes, ref.carried_nbytes, ref.tensors, ref.refs, "session_of_old")
+    with pytest.raises(ModelLostError, match=r"another Ray session \(session_of_old\).*again"):
+        load_model_in_actor(foreign)
+
+
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        ("tpu9", "is not a device that torch knows"),
+        ([1], "is not a device that torch knows"),
+        ("meta", "holds no weights"),
+        ("cuda", "finds no usable CUDA device|Ray assigned no GPU"),
+        ("mps", "this machine has no mps device"),
+    ],
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks what a machine without a GPU says")
+def test_unknown_devices(device: Any, words: str, ray_session: None) -> None:
+    """A device that is unknown or absent is a ValueError that names it."""
+    ref = prepare_model_for_actors(nn.Linear(1, 1))
+    with pytest.raises(ValueError, match=words):
+        load_model_in_actor(ref, device=device)
+
+
+def test_no_gpu_assigned_means_cpu(two_actors: list[Any]) -> None:
+    """In a worker without GPUs None and "auto" are the CPU, and "cuda" is an error that says what to ask Ray for."""
+
+    def devices(ref: ModelRef) -> list[str]:
+        said = [str(load_model_in_actor(ref, device=d).weight.device) for d in (None, "auto", "cpu")]
+        try:
+            load_model_in_actor(ref, device="cuda")
+        except ValueError as error:
+            said.append(str(error))
+        return said
+
+    ref = prepare_model_for_actors(nn.Linear(1, 1))
+    *found, refusal = ray.get(two_actors[0].run.remote(devices, ref))
+    assert found == ["cpu"] * 3
+    assert "Ray assigned no GPU to this worker. Ask for one" in refusal
+
+
+@pytest.mark.parametrize(
+    ("visible", "assigned", "device", "expected"),
+    [
+        ("3", ["3"], None, "cuda:0"),
+        ("3,5", ["5"], "auto", "cuda:1"),
+        (None, ["2"], None, "cuda:2"),
+        ("GPU-abc", ["GPU-abc"], None, "cuda:0"),
+        ("0", [], None, "cpu"),
+    ],
+)
+def test_the_device_is_rays_choice(
+    visible: str | None, assigned: list[str], device: Any, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None and "auto" are the GPU that Ray assigned, as torch counts the visible ones."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert _device.resolve(device, assigned) == torch.device(expected)
+
+
+def test_a_hidden_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that Ray assigned but the environment hides is an error that names both."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    with pytest.raises(ValueError, match=r"Ray assigned GPU 0.*CUDA_VISIBLE_DEVICES='1' hides it"):
+        _device.resolve(None, ["0"])
+
+
+# ---------------------------------------------------------------- reports
+
+
+def test_model_memory_of_a_handle_and_of_a_copy(ray_session: None) -> None:
+    """The report counts a handle's bytes as shared, a copy's as private, and names the largest."""
+    source = CASES["large_layers"].make()
+    ref = prepare_model_for_actors(source)
+    total = sum(p.nbytes for p in source.parameters())
+    shared = memory.model_memory(ref)
+    assert (shared.shared, shared.private, shared.largest_private) == (total, 0, ())
+    copied = memory.model_memory(copy.deepcopy(load_model_in_actor(ref)), largest=2)
+    assert (copied.shared, copied.private) == (0, total)
+    assert [path for path, _ in copied.largest_private] == ["Sequential.2.weight", "Sequential.0.weight"]
+    assert "1.0 MiB  Sequential.2.weight" in str(copied)
+
+
+class KeepsModel:
+    def __init__(self, ref: ModelRef) -> None:
+        self.model = load_model_in_actor(ref)
+
+    def write(self) -> int:
+        self.model.weight.data[0, 0] = 1
+        return os.getpid()
+
+
+def test_pool_memory(ray_session: None) -> None:
+    """The report over a pool, by handle and by actors, has its processes, private pages, and the cost of copies."""
+    ref = prepare_model_for_actors(nn.Linear(1024, 1024))
+    actors = [ray.remote(num_cpus=0.1)(KeepsModel).remote(ref) for _ in range(2)]
+    writer, _ = pids = ray.get([actors[0].write.remote(), actors[1].__ray_call__.remote(_pid)])
+    for pool in (ref, actors):
+        found = memory.pool_memory(pool)
+        assert sorted(p.pid for p in found.processes) == sorted(pids)
+        assert {p.pid: p.model_private for p in found.processes} == {pids[0]: 4096, pids[1]: 0}
+        assert all(p.mapped >= ref.nbytes and p.private > 0 and p.pss > 0 for p in found.processes)
+        assert found.copies >= 2 * ref.nbytes
+        assert ref.nbytes <= found.stored <= ref.nbytes + 8192
+        assert str(writer) in str(found)
+        assert "2 separate copies would take 8.0 MiB" in str(found)
+    with pytest.raises(TypeError, match="takes a ModelRef or actor handles"):
+        memory.pool_memory([1])
+
+
+def _pid(_: Any) -> int:
+    return os.getpid()
+
+
+def test_walk_never_runs_a_property() -> None:
+    """Looking for tensors and paths reads no property."""
+
+    class Trap:
+        __slots__ = ("__hidden", "seen")
+
+        def __init__(self) -> None:
+            self.__hidden = torch.ones(1)
+            self.seen = [torch.zeros(1)]
+
+        @property
+        def trap(self) -> None:
+            raise AssertionError("a property was run")
+
+    found = [path for path, part in _graph.walk(Trap(), "trap") if isinstance(part, torch.Tensor)]
+    assert found == ["trap.__hidden", "trap.seen[0]"]

@@ -1,0 +1,154 @@
+"""Every promise, over every model of the table."""
+
+from __future__ import annotations
+
+import copy
+import io
+import re
+from typing import Any
+
+import pytest
+import ray
+import torch
+from describe import describe, storage_bytes
+from models import CALLABLE, CASES, NAMES, call
+
+from ray_zerocopy import _graph, _layout, load_model_in_actor, memory, prepare_model_for_actors
+from ray_zerocopy._store import _fetch
+
+SHARED: dict[str, tuple[Any, Any]] = {}
+
+
+@pytest.fixture
+def shared(ray_session: None, request: pytest.FixtureRequest) -> tuple[Any, Any]:
+    """Return the named source model and its handle, made once."""
+    name = request.getfixturevalue("name")
+    if name not in SHARED:
+        source = CASES[name].make()
+        SHARED[name] = source, prepare_model_for_actors(source)
+    return SHARED[name]
+
+
+def is_eval(model: Any) -> bool:
+    """Tell whether no module in the graph trains and no tensor wants a gradient."""
+    parts = [part for _, part in _graph.walk(model)]
+    return not any(p.training for p in parts if isinstance(p, torch.nn.Module)) and not any(
+        p.requires_grad for p in parts if isinstance(p, torch.Tensor)
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loads_equal_with_flags(name: str, shared: tuple[Any, Any]) -> None:
+    """With keep_flags the loaded graph has the source's types, values, strides, ties, modes and gradients' flags."""
+    source, ref = shared
+    assert describe(load_model_in_actor(ref, keep_flags=True)) == describe(source)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loads_in_eval_mode(name: str, shared: tuple[Any, Any]) -> None:
+    """By default everything is in eval mode, nothing requires a gradient, and all else is as in the source."""
+    source, ref = shared
+    loaded = load_model_in_actor(ref)
+    assert is_eval(loaded)
+    assert describe(loaded, flags=False) == describe(source, flags=False)
+
+
+@pytest.mark.parametrize("name", CALLABLE)
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_computes_the_same(name: str, mode: str, shared: tuple[Any, Any]) -> None:
+    """In eval and in train mode the outputs equal the source's, bit for bit."""
+    source, ref = shared
+    twin = copy.deepcopy(source).train(mode == "train")
+    loaded = load_model_in_actor(ref).train(mode == "train")
+    expected, got = call(twin, name), call(loaded, name)
+    assert len(expected) == len(got) > 0
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_stores_each_storage_once(name: str, shared: tuple[Any, Any]) -> None:
+    """The store has the bytes of the distinct storages, and at most the alignment of small ones beside them."""
+    source, ref = shared
+    bodies = _fetch(ref)
+    stored = sum(array.nbytes for body in bodies for array in body["buffers"])
+    assert stored == ref.nbytes
+    parts = _graph.take_apart(source)
+    distinct = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in parts.tensors}
+    arrays = sum(array.raw().nbytes for array in parts.arrays)
+    padding = _layout.ALIGNMENT * (len(distinct) + len(parts.arrays))
+    assert stored <= sum(distinct.values()) + arrays + padding
+    assert stored <= storage_bytes(source) + arrays + padding
+
+
+def locations(ref: Any) -> list[Any]:
+    """Load the model and return where each of its tensors lies."""
+    model = load_model_in_actor(ref)
+    tensors = [part for _, part in _graph.walk(model) if isinstance(part, torch.Tensor)]
+    return [(memory.location(t), t.numel()) for tensor in tensors for t in _graph.components(tensor)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_is_really_shared(name: str, shared: tuple[Any, Any], two_actors: list[Any]) -> None:
+    """Every tensor with bytes lies at the same device, inode and offset in two actors."""
+    _, ref = shared
+    one, two = ray.get([actor.run.remote(locations, ref) for actor in two_actors])
+    assert one == two
+    assert len(one) > 0
+    assert all(where is not None for where, numel in one if numel)
+
+
+def test_sharing_is_told_from_copying(two_actors: list[Any]) -> None:
+    """The predicate says no to a model that each actor copied: the negative control."""
+
+    def copied(ref: Any) -> list[Any]:
+        model = copy.deepcopy(load_model_in_actor(ref))
+        return [memory.location(p) for p in model.parameters()]
+
+    ref = prepare_model_for_actors(CASES["large_layers"].make())
+    assert all(where is None for where in ray.get(two_actors[0].run.remote(copied, ref)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_writes_stay_private(name: str, shared: tuple[Any, Any]) -> None:
+    """A write to every byte of a loaded model reaches neither another load, nor the source."""
+    source, ref = shared
+    before = describe(source)
+    writer = load_model_in_actor(ref)
+    other = load_model_in_actor(ref, keep_flags=True)
+    for _, part in _graph.walk(writer):
+        if isinstance(part, torch.Tensor):
+            for tensor in _graph.components(part):
+                storage = tensor.untyped_storage()
+                if storage.nbytes():
+                    torch.empty(0, dtype=torch.uint8).set_(storage).fill_(17)
+    assert describe(source) == before
+    assert describe(other) == before
+    assert describe(load_model_in_actor(ref, keep_flags=True)) == before
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_can_be_copied_and_saved(name: str, shared: tuple[Any, Any]) -> None:
+    """Deepcopy and torch.save take a loaded model, and keep what they keep of the source."""
+    source, ref = shared
+    loaded = load_model_in_actor(ref, keep_flags=True)
+    assert describe(copy.deepcopy(loaded)) == describe(copy.deepcopy(source))
+    streams = io.BytesIO(), io.BytesIO()
+    try:
+        torch.save(source, streams[0])
+    except RuntimeError as refusal:
+        with pytest.raises(RuntimeError, match=re.escape(str(refusal))):
+            torch.save(loaded, streams[1])
+        return
+    torch.save(loaded, streams[1])
+    assert len(streams[1].getvalue()) <= len(streams[0].getvalue()) * 1.02 + 2000
+    streams[1].seek(0)
+    assert describe(torch.load(streams[1], weights_only=False)) == describe(source)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_loaded_model_can_be_shared_again(name: str, shared: tuple[Any, Any]) -> None:
+    """Preparing a loaded model stores as many bytes as the first time, and loads equal."""
+    source, ref = shared
+    again = prepare_model_for_actors(load_model_in_actor(ref, keep_flags=True))
+    assert again.nbytes == ref.nbytes
+    assert describe(load_model_in_actor(again, keep_flags=True)) == describe(source)

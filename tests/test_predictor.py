@@ -1,0 +1,277 @@
+"""ZeroCopyPredictor on Ray Data: the ways to give it a model, batches in and out, and what it says when misused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import predictors
+import pyarrow as pa
+import pytest
+import ray
+import torch
+from predictors import AddOne, Formats, Keywords, NoPostprocess, NoPreprocess, Overridden, WithOptions
+from ray.data import ActorPoolStrategy
+from torch import nn
+
+from ray_zerocopy import ModelRef, ZeroCopyPredictor, load_model_in_actor, prepare_model_for_actors
+
+
+@pytest.fixture(scope="module")
+def model_ref(ray_session: None) -> ModelRef:
+    """Share a model that adds one."""
+    model = nn.Linear(1, 1)
+    nn.init.ones_(model.weight)
+    nn.init.ones_(model.bias)
+    return prepare_model_for_actors(model)
+
+
+def column(ds: Any, name: str) -> list[Any]:
+    """Run the dataset and return a column, sorted."""
+    return sorted(row[name] for row in ds.take_all())
+
+
+POOL = {"compute": ActorPoolStrategy(size=2), "num_cpus": 0.1, "batch_size": 10}
+EXPECTED = [float(x + 1) for x in range(40)]
+
+
+def numbers() -> Any:
+    return ray.data.range(40, override_num_blocks=4).rename_columns({"id": "x"})
+
+
+def test_using_binds_the_model(model_ref: ModelRef) -> None:
+    """`using(ref)` goes to map_batches as it is, and the operator shows the class's name."""
+    ds = numbers().map_batches(AddOne.using(model_ref), batch_format="pyarrow", **POOL).materialize()
+    assert column(ds, "y") == EXPECTED
+    assert "MapBatches(AddOne)" in ds.stats()
+
+
+def test_any_batch_format(model_ref: ModelRef) -> None:
+    """Preprocess gets Arrow whatever the batch format, Ray Data's default among them."""
+    ds = numbers()
+    for batch_format in ("numpy", "pandas"):
+        ds = ds.map_batches(AddOne.using(model_ref), batch_format=batch_format, **POOL)
+        ds = ds.drop_columns(["x"]).rename_columns({"y": "x"})
+    assert column(ds, "x") == [y + 1 for y in EXPECTED]
+
+
+def test_constructor_argument(model_ref: ModelRef) -> None:
+    """The model can come in fn_constructor_kwargs."""
+    ds = numbers().map_batches(AddOne, fn_constructor_kwargs={"model_ref": model_ref}, **POOL)
+    assert column(ds, "y") == EXPECTED
+
+
+def test_options_reach_the_constructor(model_ref: ModelRef) -> None:
+    """`using` binds the constructor's options, the subclass's own too, and each batch runs in inference mode."""
+    bound = WithOptions.using(model_ref, factor=2.0, device="cpu", require_isolation=True)
+    ds = numbers().map_batches(bound, batch_format="pyarrow", **POOL)
+    assert column(ds, "y") == [2 * y for y in EXPECTED]
+    assert all(column(ds, "inference"))
+
+
+def test_one_class_with_two_models(model_ref: ModelRef) -> None:
+    """A chain of one class with two models keeps them apart."""
+    ten = nn.Linear(1, 1)
+    nn.init.constant_(ten.weight, 10.0)
+    nn.init.zeros_(ten.bias)
+    other = prepare_model_for_actors(ten)
+    ds = numbers().map_batches(AddOne.using(model_ref), **POOL).drop_columns(["x"]).rename_columns({"y": "x"})
+    ds = ds.map_batches(AddOne.using(other), **POOL)
+    assert column(ds, "y") == [10 * y for y in EXPECTED]
+
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+import pyarrow as pa, ray, torch
+from ray.data import ActorPoolStrategy
+from ray_zerocopy import ZeroCopyPredictor, prepare_model_for_actors
+from predictors import AddOne as Imported
+ray.init(num_cpus=8, include_dashboard=False, object_store_memory=200_000_000, logging_level="error")
+ray.data.DataContext.get_current().enable_progress_bars = False
+model = torch.nn.Linear(1, 1)
+torch.nn.init.ones_(model.weight)
+torch.nn.init.ones_(model.bias)
+ref = prepare_model_for_actors(model)
+
+class InMain(ZeroCopyPredictor):
+    def preprocess(self, batch):
+        return torch.tensor(batch["id"].to_pylist()).float()[:, None]
+    def postprocess(self, outputs, batch):
+        return {{"y": outputs[:, 0]}}
+
+class WithAttribute(InMain):
+    model_ref = ref
+
+def run(cls, **options):
+    ds = ray.data.range(20).map_batches(cls, compute=ActorPoolStrategy(size=1), num_cpus=0.1, **options)
+    ds = ds.materialize()
+    assert f"MapBatches({{cls.__name__}})" in ds.stats()
+    assert sorted(row["y"] for row in ds.take_all()) == [float(x + 1) for x in range(20)], cls
+
+run(InMain.using(ref))
+run(InMain, fn_constructor_kwargs={{"model_ref": ref}})
+run(WithAttribute)
+
+class Derived(Imported):
+    model_ref = ref
+    def preprocess(self, batch):
+        return super().preprocess(batch.rename_columns(["x"]))
+
+run(Derived)
+Imported.model_ref = ref
+try:
+    ray.data.range(20).map_batches(Imported, compute=ActorPoolStrategy(size=1), num_cpus=0.1).take_all()
+except Exception as error:
+    print("LOST:", error)
+ray.shutdown()
+"""
+
+
+def test_classes_in_main_and_a_lost_attribute(tmp_path: Path) -> None:
+    """In `__main__` all three ways work; an attribute set on an imported class is an error naming the remedy."""
+    script = tmp_path / "main.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lost = done.stdout[done.stdout.index("LOST:") :]
+    assert "AddOne got no model" in lost
+    assert "AddOne.using(model_ref)" in lost
+    assert "importable module (predictors)" in lost
+    loaded = [line for line in (done.stdout + done.stderr).splitlines() if "loaded in" in line]
+    assert any("InMain: Linear loaded in" in line and "writes isolated" in line for line in loaded), done.stderr
+
+
+def predictor(form: str, model_ref: ModelRef) -> Formats:
+    return Formats(form=form, model_ref=model_ref)
+
+
+BATCH = {"x": np.arange(5)}
+
+
+@pytest.mark.parametrize("form", ["record_batch", "arrays", "bf16", "fp8", "gradient"])
+def test_forms_of_output(form: str, model_ref: ModelRef) -> None:
+    """Tables, arrays, lists, and tensors that Ray Data would refuse come out as Arrow columns, exact."""
+    rows = predictor(form, model_ref)(BATCH)
+    assert isinstance(rows, pa.Table)
+    assert rows.column("y").to_pylist() == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert set(rows.column_names) == {"arrays": {"y", "name", "z"}, "bf16": {"y", "m"}}.get(form, {"y"})
+
+
+def test_forms_of_output_on_ray_data(model_ref: ModelRef) -> None:
+    """Ray Data takes tensor columns, data frames and generators."""
+    ds = numbers()
+    for form in ("bf16", "pandas", "generator"):
+        ds = ds.map_batches(Formats.using(model_ref, form=form), **POOL)
+        ds = ds.select_columns(["y"]).rename_columns({"y": "x"})
+    assert column(ds, "x") == [y + 2 for y in EXPECTED]
+
+
+@pytest.mark.parametrize(
+    ("form", "error", "words"),
+    [
+        ("tensor", TypeError, r"Formats.postprocess returned a torch.Tensor of shape \(5, 1\).*mapping"),
+        ("none", TypeError, "Formats.postprocess returned None"),
+        ("unequal", ValueError, "unequal length: y has 5, short has 1"),
+        ("scalar", TypeError, r"numpy.ndarray of shape \(\) as column 'y'"),
+    ],
+)
+def test_wrong_outputs(form: str, error: type[Exception], words: str, model_ref: ModelRef) -> None:
+    """What Ray Data could not take is an error that names the class, what it returned, and what to return."""
+    with pytest.raises(error, match=words):
+        predictor(form, model_ref)(BATCH)
+
+
+@pytest.mark.parametrize(
+    "batch", [pa.table({"x": range(5)}), pa.RecordBatch.from_pydict({"x": range(5)}), BATCH, pd.DataFrame(BATCH)]
+)
+def test_forms_of_input(batch: Any, model_ref: ModelRef) -> None:
+    """Every batch format of Ray Data reaches preprocess as a table."""
+    assert AddOne(model_ref)(batch).column("y").to_pylist() == [1.0, 2.0, 3.0, 4.0, 5.0]
+
+
+def test_tensor_columns_survive_as_arrow(model_ref: ModelRef) -> None:
+    """A column of tensors in a numpy batch is the tensor column that Ray Data itself would make."""
+
+    class Sees(AddOne):
+        def preprocess(self, batch: pa.Table) -> torch.Tensor:
+            assert batch["image"].combine_chunks().to_numpy_ndarray().shape == (2, 3, 4)
+            return super().preprocess(batch)
+
+    Sees(model_ref)({"x": np.arange(2), "image": np.ones((2, 3, 4), dtype=np.uint8)})
+
+
+@pytest.mark.parametrize("batch", [[1, 2], {"x": 3}, 7])
+def test_what_is_no_batch(batch: Any, model_ref: ModelRef) -> None:
+    """A row, or anything else that is no batch, is a TypeError that says where the class belongs."""
+    with pytest.raises(TypeError, match=r"AddOne got a .*map_batches"):
+        AddOne(model_ref)(batch)
+
+
+@pytest.mark.parametrize(("cls", "expected"), [(Keywords, 1.0), (Overridden, 101.0)])
+def test_predict(cls: type[ZeroCopyPredictor], expected: float, model_ref: ModelRef) -> None:
+    """Mappings become keyword arguments, and predict can be overridden."""
+    assert cls(model_ref)({"x": np.zeros(1)}).column("y").to_pylist() == [expected]
+
+
+def test_no_model(ray_session: None) -> None:
+    """A predictor without a model names the three ways to give it one."""
+    with pytest.raises(TypeError, match=r"AddOne got no model.*using\(model_ref\).*fn_constructor_kwargs"):
+        AddOne()
+
+
+@pytest.mark.parametrize(("cls", "method"), [(NoPostprocess, "postprocess"), (NoPreprocess, "preprocess")])
+def test_unwritten_methods(cls: type[ZeroCopyPredictor], method: str, model_ref: ModelRef) -> None:
+    """A method not written is said in the driver by `using`, and by the constructor."""
+    for make in (lambda: cls.using(model_ref), lambda: cls(model_ref)):
+        with pytest.raises(TypeError, match=rf"{cls.__name__}.{method} is not written"):
+            make()
+
+
+def test_using_checks_its_arguments(model_ref: ModelRef) -> None:
+    """`using` refuses what is no handle and options that the constructor does not have, in the driver."""
+    with pytest.raises(TypeError, match=r"AddOne.using needs a ModelRef, not Linear"):
+        AddOne.using(nn.Linear(1, 1))
+    with pytest.raises(TypeError, match=r"constructor of AddOne.*colour"):
+        AddOne.using(model_ref, colour="red")
+
+
+def test_an_error_in_a_method_is_the_users_own(model_ref: ModelRef) -> None:
+    """What preprocess raises arrives as itself."""
+
+    class Fails(AddOne):
+        def preprocess(self, batch: pa.Table) -> Any:
+            raise KeyError("no such column")
+
+    with pytest.raises(KeyError, match="no such column"):
+        Fails(model_ref)(BATCH)
+
+
+def test_the_wrong_handle_fails_the_job(ray_session: None) -> None:
+    """A handle of the wrong type given to map_batches ends the job with its message."""
+    ds = numbers().map_batches(AddOne, fn_constructor_kwargs={"model_ref": "model"}, **POOL)
+    with pytest.raises(Exception, match=r"a ModelRef is needed to load a model, not builtins.str"):
+        ds.take_all()
+
+
+def test_ray_datas_own_inference_class_can_load(model_ref: ModelRef) -> None:
+    """A plain callable class of the user's own loads the model in its constructor."""
+
+    class Own:
+        def __init__(self, ref: ModelRef) -> None:
+            self.model = load_model_in_actor(ref)
+
+        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+            with torch.inference_mode():
+                return {"y": self.model(torch.from_numpy(batch["x"]).float()[:, None])[:, 0].numpy()}
+
+    assert column(numbers().map_batches(Own, fn_constructor_args=[model_ref], **POOL), "y") == EXPECTED
+
+
+def test_the_module_is_importable() -> None:
+    """The predictors of these tests are where Ray finds them by name, not in `__main__`."""
+    assert predictors.AddOne.__module__ == "predictors"
