@@ -1,6 +1,6 @@
 """How long until a model is in the store, how long until an actor has it, and whose memory it takes.
 
-    python benchmarks/load.py            # all of it, under four minutes on two cores
+    python benchmarks/load.py            # all of it: about four minutes on two busy cores
     python benchmarks/load.py --quick    # fewer rounds, no tenfold model
 
 BERT-base with random weights goes to four actors in every way that users have today. Two Ray sessions run side
@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 
 import numpy as np
 import ray
@@ -148,6 +149,7 @@ class Session:
             logging_level="error",
             log_to_driver=False,
         )
+        warnings.simplefilter("ignore")  # the flag warns at each put
         torch.set_num_threads(1)
         torch.manual_seed(0)
         self.folder = folder
@@ -250,7 +252,7 @@ class Child:
             environment["RAY_ENABLE_ZERO_COPY_TORCH_TENSORS"] = "1"
         here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         environment["PYTHONPATH"] = os.pathsep.join([here, *filter(None, [environment.get("PYTHONPATH")])])
-        environment["PYTHONWARNINGS"] = "ignore"  # the flag warns at each put
+
         self.process = subprocess.Popen(
             [sys.executable, os.path.abspath(__file__), "--serve", folder],
             env=environment,
@@ -376,8 +378,9 @@ def report(results, facts, seconds):
         f"BERT-base, random weights, {facts['nbytes'] / MIB:.1f} MiB in {facts['tensors']} tensors; CPU, one thread"
     )
     print(versions())
-    print(f"medians of {len(results[OURS]['prepare'])} prepares, {len(results[OURS]['loads'])} loads ", end="")
-    print(f"(at least {min(len(r['loads']) for r in results.values())} of the slowest); {seconds:.0f} s in all\n")
+    ours, plain = ([len(results[row][figure]) for figure in ("prepare", "loads")] for row in (OURS, PLAIN))
+    print(f"medians of {ours[0]} prepares and {ours[1]} loads ({PLAIN}: {plain[0]} and {plain[1]}); ", end="")
+    print(f"{seconds:.0f} s in all\n")
     head = ["", "prepare s", "driver growth", "first load ms", "load ms", f"{ACTORS} actors, private MiB"]
     rows = [head]
     for row, r in results.items():
@@ -447,7 +450,7 @@ def report(results, facts, seconds):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each row (default 7)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each row (default 5)")
     parser.add_argument("--quick", action="store_true", help="three rounds, and no tenfold model")
     parser.add_argument("--serve", metavar="FOLDER", help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -142,8 +142,6 @@ class Embedder(ZeroCopyPredictor):
     """Adds to passages their embedding, and which actor made it and how long the model took to load there."""
 
     def __init__(self, model_ref: ModelRef, threads: int = 1) -> None:
-        from transformers.models.bert import modeling_bert  # noqa: F401  so that the load time has no import in it
-
         torch.set_num_threads(threads)
         super().__init__(model_ref)
         self.tokenizer = load_tokenizer()
@@ -275,12 +273,13 @@ def main() -> None:
     passages = collect_passages(options.limit)
     pq.write_table(passages, out / "passages.parquet")
     sample = passages.take(np.linspace(0, len(passages) - 1, min(64, len(passages)), dtype=int))
+    torch.set_num_threads(1)  # as one actor on one CPU, so that the estimate holds on a busy machine too
     model = load_model()
     embed_plain(["the first call is slow"], model)
     begin = time.perf_counter()
     reference = embed_plain(sample["text"].to_pylist(), model)
-    minutes = (time.perf_counter() - begin) / len(sample) * len(passages) / 60
-    print(f"{len(passages)} passages: about {minutes:.1f} minutes at this machine's rate", flush=True)
+    minutes = (time.perf_counter() - begin) / len(sample) * len(passages) / (os.cpu_count() or 1) / 60
+    print(f"{len(passages)} passages: about {minutes:.1f} minutes on this machine's CPUs", flush=True)
     if options.limit is None:
         print("(--limit N embeds the first N only)", flush=True)
 

@@ -88,8 +88,10 @@ class ZeroCopyPredictor:
         self.loaded = actor.load(model_ref, device, require_isolation=require_isolation)
         self.model = self.loaded.model
         self.device = self.loaded.device
+        importing = self.loaded.import_seconds
         _log(
-            f"{_name(type(self))}: {model_ref.class_name} loaded in {self.loaded.seconds * 1000:.1f} ms on "
+            f"{_name(type(self))}: {model_ref.class_name} loaded in {self.loaded.seconds * 1000:.1f} ms "
+            f"{f'(and its classes imported in {importing:.1f} s) ' if importing >= 0.1 else ''}on "
             f"{self.device}: {format_bytes(self.loaded.shared)} shared, "
             f"{format_bytes(self.loaded.private + model_ref.carried_nbytes)} private, "
             f"writes {'isolated' if self.loaded.isolated else 'NOT isolated'} (pid {os.getpid()})"
