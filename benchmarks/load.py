@@ -340,7 +340,7 @@ def measure(rounds, tenfold):
         for row in (OURS, FLAG) if tenfold else ():
             child = sessions[ROWS[row]]
             facts["tenfold nbytes"], facts["tenfold tensors"] = child.ask("share_tenfold", row)
-            pairs = [child.ask("loads_tenfold", row) for _ in range(max(rounds, 5))]
+            pairs = [child.ask("loads_tenfold", row) for _ in range(25)]
             results[row]["tenfold"] = [[s for pair in pairs[1:] for s in pair[size]] for size in (0, 1)]
             child.close()  # its store's memory is wanted
         if not tenfold:

@@ -20,11 +20,11 @@ from __future__ import annotations
 import ctypes
 import math
 import pickle
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 __all__ = [
@@ -48,37 +48,23 @@ MOST_BUFFERS = 1000
 # A storage is cut down to what is reachable if that is at most this share of it.
 COMPACT_BELOW = 0.5
 
-Bytes = npt.NDArray[np.uint8]
 
+# Bytes of a buffer: its number, the offset, how many. Slices and views are plain tuples because every load
+# unpickles all of them, and named ones take three times as long.
+Slice = tuple[int, int, int]
 
-class Slice(NamedTuple):
-    """Bytes `[offset, offset + nbytes)` of buffer number `buffer`."""
-
-    buffer: int
-    offset: int
-    nbytes: int
-
-
-class View(NamedTuple):
-    """One tensor: `offset` in elements and `stride` over storage number `storage`, as torch counts them.
-
-    `elements` is their number if the tensor is exactly its whole storage in order, else -1.
-    """
-
-    storage: int
-    elements: int
-    dtype: torch.dtype
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    parameter: bool
-    requires_grad: bool
-    conjugate: bool
-    negative: bool
+# One tensor, as torch counts it: number of its storage; number of elements, if it is the only tensor over that
+# storage and is exactly all of it in order, else 0; dtype; offset in elements; shape; stride; is it a Parameter;
+# does it require a gradient; is it conjugate; is it negative.
+View = tuple[int, int, torch.dtype, int, tuple[int, ...], tuple[int, ...], bool, bool, bool, bool]
 
 
 class Layout(NamedTuple):
-    """Where everything lies: `storages` and `arrays` as slices of buffers, `views` as tensors over storages."""
+    """Where everything lies.
+
+    `buffers` has their lengths; `storages` the slice of each storage; `views` the tensors over them; `arrays`
+    the slice of each out-of-band array, and whether it is read-only.
+    """
 
     buffers: list[int]
     storages: list[Slice]
@@ -90,7 +76,7 @@ class Packed(NamedTuple):
     """A layout, its buffers as byte arrays, and how many bytes were copied to make them."""
 
     layout: Layout
-    buffers: list[Bytes]
+    buffers: list[memoryview]
     copied: int
 
 
@@ -140,8 +126,10 @@ def pack(tensors: Sequence[torch.Tensor], arrays: Sequence[pickle.PickleBuffer] 
         extents.append(_array_extent(array))
 
     slices, buffers, packed = _fill(extents)
+    users = Counter(numbers)
     views = [
-        _view(tensor, number, begins[number], slices[number]) for tensor, number in zip(tensors, numbers, strict=True)
+        _view(tensor, number, begins[number], slices[number], users[number] == 1)
+        for tensor, number in zip(tensors, numbers, strict=True)
     ]
     array_slices = [(piece, array.raw().readonly) for piece, array in zip(slices[len(owners) :], arrays, strict=True)]
     layout = Layout([b.nbytes for b in buffers], slices[: len(owners)], views, array_slices)
@@ -182,7 +170,7 @@ def _array_extent(array: pickle.PickleBuffer) -> _Extent:
     return _Extent(raw.__array_interface__["data"][0], raw.nbytes, (raw, array))
 
 
-def _fill(extents: list[_Extent]) -> tuple[list[Slice], list[Bytes], int]:
+def _fill(extents: list[_Extent]) -> tuple[list[Slice], list[memoryview], int]:
     """Merge extents that share bytes, give the large ones a buffer each and pack the others into one."""
     order = sorted((i for i, e in enumerate(extents) if e.nbytes), key=lambda i: extents[i].address)
     merged: list[tuple[int, int, list[int]]] = []
@@ -199,8 +187,8 @@ def _fill(extents: list[_Extent]) -> tuple[list[Slice], list[Bytes], int]:
     sizes = sorted((end - begin for begin, end, _ in merged), reverse=True)
     if len(sizes) > MOST_BUFFERS:
         alone = max(alone, sizes[MOST_BUFFERS])
-    slices = [Slice(0, 0, 0)] * len(extents)
-    buffers: list[Bytes] = []
+    slices: list[Slice] = [(0, 0, 0)] * len(extents)
+    buffers: list[memoryview] = []
     small = []
     for group in merged:
         begin, end, members = group
@@ -208,18 +196,18 @@ def _fill(extents: list[_Extent]) -> tuple[list[Slice], list[Bytes], int]:
             small.append(group)
             continue
         for i in members:
-            slices[i] = Slice(len(buffers), extents[i].address - begin, extents[i].nbytes)
+            slices[i] = (len(buffers), extents[i].address - begin, extents[i].nbytes)
         buffers.append(_bytes_at(begin, end - begin, [extents[i].owner for i in members]))
 
     packed = 0
     if small:
         total = sum(_aligned(end - begin) for begin, end, _ in small)
-        pack = np.zeros(total, dtype=np.uint8)
+        pack = memoryview(bytearray(total))
         for begin, end, members in small:
             # copy: thousands of small buffers would cost every load more than packing costs once
             pack[packed : packed + end - begin] = _bytes_at(begin, end - begin, None)
             for i in members:
-                slices[i] = Slice(len(buffers), packed + extents[i].address - begin, extents[i].nbytes)
+                slices[i] = (len(buffers), packed + extents[i].address - begin, extents[i].nbytes)
             packed += _aligned(end - begin)
         buffers.append(pack)
     return slices, buffers, packed
@@ -229,35 +217,27 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-def _bytes_at(address: int, nbytes: int, owner: object) -> Bytes:
+def _bytes_at(address: int, nbytes: int, owner: object) -> memoryview:
     block = (ctypes.c_uint8 * nbytes).from_address(address)
     block.owner = owner  # type: ignore[attr-defined]
-    return np.frombuffer(memoryview(block), dtype=np.uint8)
+    return memoryview(block).cast("B")
 
 
-def _view(tensor: torch.Tensor, number: int, begin: int, piece: Slice) -> View:
+def _view(tensor: torch.Tensor, number: int, begin: int, piece: Slice, alone: bool) -> View:
     size = tensor.element_size()
     offset = int(tensor.storage_offset()) - begin // size
+    shape, stride = tuple(tensor.shape), tensor.stride()
+    elements = tensor.numel()
     whole = (
-        tensor.numel() > 0
+        alone
         and offset == 0
-        and tensor.is_contiguous()
-        and tensor.numel() * size == piece.nbytes
+        and elements * size == piece[2] > 0
         and tensor.dtype in _FROM_BUFFER
-        and tensor.stride() == _contiguous_stride(tensor.shape)
+        and stride == _contiguous_stride(shape)
     )
-    return View(
-        number,
-        tensor.numel() if whole else -1,
-        tensor.dtype,
-        offset,
-        tuple(tensor.shape),
-        tensor.stride(),
-        isinstance(tensor, torch.nn.Parameter),
-        tensor.requires_grad,
-        tensor.is_conj(),
-        tensor.is_neg(),
-    )
+    parameter = isinstance(tensor, torch.nn.Parameter)
+    flags = (parameter, tensor.requires_grad, tensor.is_conj(), tensor.is_neg())
+    return (number, elements if whole else 0, tensor.dtype, offset, shape, stride, *flags)
 
 
 def _contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
@@ -293,29 +273,27 @@ def unpack(
     Every storage holds on to its buffer. With a `device`, storages are copied there. Unless `keep_flags`,
     no tensor requires a gradient.
     """
-    if device is not None and device.type != "cpu":
-        storages: list[torch.UntypedStorage | None] = [
-            _storage(piece, buffers).to(device=device) for piece in layout.storages
-        ]
-        on_host = False
-    else:
-        storages = [None] * len(layout.storages)
-        on_host = True
+    on_host = device is None or device.type == "cpu"
+    storages: list[torch.UntypedStorage | None] = [None] * len(layout.storages)
     pieces = layout.storages
     make_parameter = torch.Tensor._make_subclass
     parameter_type = torch.nn.Parameter
     tensors: list[torch.Tensor] = []
     for number, elements, dtype, offset, shape, stride, parameter, flag, conjugate, negative in layout.views:
-        storage = storages[number]
-        if storage is None and elements >= 0:
+        if elements and on_host:
+            # The quickest way there is, 2 us with the Parameter: the storage is made along with the tensor.
             buffer, begin, _ = pieces[number]
             memory, base = buffers[buffer]
-            # The quickest way there is (2 us with the Parameter); resize_ only gives it its shape.
-            tensor = torch.frombuffer(memory, dtype=dtype, count=elements, offset=base + begin).resize_(shape)
-            storages[number] = tensor.untyped_storage() if on_host else storage
+            tensor = torch.frombuffer(memory, dtype=dtype, count=elements, offset=base + begin)
+            if len(shape) != 1:
+                tensor.resize_(shape)
         else:
+            storage = storages[number]
             if storage is None:
-                storage = storages[number] = _storage(pieces[number], buffers)
+                storage = _storage(pieces[number], buffers)
+                if device is not None and not on_host:
+                    storage = storage.to(device=device)
+                storages[number] = storage
             tensor = torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, shape, stride)
         if conjugate:
             tensor = tensor.conj()
@@ -330,12 +308,11 @@ def unpack(
 
 
 def _storage(piece: Slice, buffers: Sequence[tuple[Any, int]]) -> torch.UntypedStorage:
-    if piece.nbytes == 0:
+    buffer, offset, nbytes = piece
+    if nbytes == 0:
         return torch.UntypedStorage(0)  # type: ignore[no-untyped-call]
-    memory, base = buffers[piece.buffer]
-    return torch.frombuffer(
-        memory, dtype=torch.uint8, count=piece.nbytes, offset=base + piece.offset
-    ).untyped_storage()
+    memory, base = buffers[buffer]
+    return torch.frombuffer(memory, dtype=torch.uint8, count=nbytes, offset=base + offset).untyped_storage()
 
 
 def unpack_arrays(layout: Layout, buffers: Sequence[tuple[Any, int]]) -> list[memoryview]:

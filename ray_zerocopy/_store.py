@@ -24,7 +24,7 @@ __all__ = ["Loaded", "ModelRef", "format_bytes", "get", "put"]
 
 # Bytes of buffers in one object of the store. Another node fetches an object from a node that has all of it,
 # so a large model in several objects spreads over the nodes while it is still arriving.
-OBJECT_BYTES = 1 << 30
+OBJECT_BYTES = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,9 @@ def put(model: object) -> ModelRef:
     groups = _grouped(layout.buffers)
     refs = []
     for number, (first, last) in enumerate(groups):
-        body: dict[str, Any] = {"buffers": packed.buffers[first:last]}
+        body: dict[str, Any] = {"buffers": [pickle.PickleBuffer(b) for b in packed.buffers[first:last]]}
         if number == 0:
-            body["header"] = np.frombuffer(header, dtype=np.uint8)
+            body["header"] = pickle.PickleBuffer(header)
             body["carried"] = parts.carried
         refs.append(ray.put(body))
     return ModelRef(name, nbytes, len(header), len(layout.views), tuple(refs), session)
@@ -165,21 +165,29 @@ def get(
     """Rebuild the model behind `model_ref`; see `actor.load_model_in_actor`."""
     begin = time.perf_counter()
     bodies = _fetch(model_ref)
-    layout, skeleton = pickle.loads(bodies[0]["header"])
-    objects = [body["buffers"] for body in bodies]
     with _quietly():
-        if device.type == "cpu":
-            memory = _host_memory(objects, require_isolation)
-            tensors = _layout.unpack(layout, memory.buffers, keep_flags=keep_flags)
-        else:
-            # From the shared pages: page-locking or even reading through the private view could copy them.
-            shared = [buffer for arrays in objects for buffer in _shared(arrays)]
-            tensors = _layout.unpack(layout, shared, device=device, keep_flags=keep_flags)
-            memory = _host_memory(objects if layout.arrays else [], require_isolation)
-        arrays = _layout.unpack_arrays(layout, memory.buffers)
-        model, importing = _graph.put_together(skeleton, tensors, arrays, bodies[0]["carried"], keep_flags=keep_flags)
+        model, importing, memory = _rebuild(bodies, device, keep_flags, require_isolation)
     seconds = time.perf_counter() - begin - importing
     return Loaded(model, device, seconds, importing, memory.shared, memory.copied, memory.isolated)
+
+
+def _rebuild(
+    bodies: list[dict[str, Any]], device: torch.device, keep_flags: bool, require_isolation: bool
+) -> tuple[Any, float, _Memory]:
+    layout, skeleton = pickle.loads(bodies[0]["header"])
+    objects = [body["buffers"] for body in bodies]
+    if device.type == "cpu":
+        memory = _host_memory(objects, require_isolation)
+        tensors = _layout.unpack(layout, memory.buffers, keep_flags=keep_flags)
+    else:
+        # From the shared pages: page-locking or even reading through the private view could copy them.
+        shared = [buffer for stored in objects for buffer in _shared(stored)]
+        tensors = _layout.unpack(layout, shared, device=device, keep_flags=keep_flags)
+        memory = _host_memory(objects if layout.arrays else [], require_isolation)
+    arrays = _layout.unpack_arrays(layout, memory.buffers)
+    carried = bodies[0]["carried"]
+    model, importing = _graph.put_together(skeleton, tensors, arrays, carried, keep_flags=keep_flags)
+    return model, importing, memory
 
 
 def fetched_spans(model_ref: ModelRef) -> list[tuple[int, int]]:
@@ -218,44 +226,45 @@ class _Memory(NamedTuple):
 
 
 def _host_memory(objects: list[list[Any]], require_isolation: bool) -> _Memory:
-    """Return private views of the arrays of each object, or the nearest to it that the platform has."""
+    """Return private views of the buffers of each object, or the nearest to it that the platform has."""
     buffers: list[tuple[Any, int]] = []
     shared = copied = 0
     isolated = True
-    for arrays in objects:
-        if not arrays:
+    for stored in objects:
+        if not stored:
             continue
-        begin, nbytes, offsets = _span(arrays)
+        begin, nbytes, offsets = _span(stored)
         region = _mapping.region_at(begin)
         if region is not None and not region.shared:
             # copy: Ray gave memory of this process alone (Ray Client, local mode), read-only
-            buffers += [(bytearray(array), 0) for array in arrays]
-            copied += sum(array.nbytes for array in arrays)
+            buffers += [(bytearray(buffer), 0) for buffer in stored]
+            copied += sum(len(memory) for memory, _ in buffers[-len(stored) :])
             continue
         try:
-            view, base = _mapping.private_view(begin, nbytes, arrays)
+            view, base = _mapping.private_view(begin, nbytes, stored)
             buffers += [(view, base + offset) for offset in offsets]
         except _mapping.Unmappable as reason:
             _isolation_lost(str(reason), require_isolation)
-            buffers += _shared(arrays)
+            buffers += _shared(stored)
             isolated = False
-        shared += sum(array.nbytes for array in arrays)
+        shared += nbytes
     return _Memory(buffers, shared, copied, isolated)
 
 
-def _shared(arrays: list[Any]) -> list[tuple[Any, int]]:
-    if not arrays:
+def _shared(stored: list[Any]) -> list[tuple[Any, int]]:
+    if not stored:
         return []
-    begin, nbytes, offsets = _span(arrays)
-    memory = _mapping.shared_view(begin, nbytes, arrays)
+    begin, nbytes, offsets = _span(stored)
+    memory = _mapping.shared_view(begin, nbytes, stored)
     return [(memory, offset) for offset in offsets]
 
 
-def _span(arrays: list[Any]) -> tuple[int, int, list[int]]:
-    """Return the address and length of the bytes from the first array to the last, and where each begins."""
-    addresses = [array.__array_interface__["data"][0] for array in arrays]
+def _span(buffers: list[Any]) -> tuple[int, int, list[int]]:
+    """Return the address and length of the bytes from the first buffer to the last, and where each begins."""
+    views = [np.frombuffer(buffer, dtype=np.uint8) for buffer in buffers]
+    addresses: list[int] = [view.__array_interface__["data"][0] for view in views]
     begin = min(addresses)
-    end = max(address + array.nbytes for address, array in zip(addresses, arrays, strict=True))
+    end = max(address + view.size for address, view in zip(addresses, views, strict=True))
     return begin, end - begin, [address - begin for address in addresses]
 
 
