@@ -35,8 +35,11 @@ from typing import Any, NamedTuple
 
 import torch
 from ray.cloudpickle import CloudPickler
+from torch.nn.utils import parametrize
 
-__all__ = ["Parts", "children", "components", "put_together", "take_apart", "walk"]
+from . import _script
+
+__all__ = ["Parts", "children", "components", "packed_bytes", "put_together", "take_apart", "walk"]
 
 Tensor = torch.Tensor
 Parameter = torch.nn.Parameter
@@ -107,6 +110,8 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
                 return self._number(obj, obj)
         elif kind in _STORAGE_TYPES:
             return self._storage_id(obj)
+        elif kind is _script.Asked:
+            return ("keep_flags",)
         elif self.leave_out and isinstance(obj, self.leave_out):
             number = self._numbers.get(id(obj))
             if number is None:
@@ -122,13 +127,23 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
             return NotImplemented if obj or obj.__dict__ else (OrderedDict, ())
         if isinstance(obj, torch.nn.Module):
             self.modules.append(obj)
+            if isinstance(obj, torch.jit.ScriptModule):
+                return _script.reduce_script(obj)
+            if "parametrizations" in obj.__dict__["_modules"] and parametrize.is_parametrized(obj):
+                return _reduce_parametrized(obj)
             if _has_plain_state(kind):
-                return _new, (kind,), _state_of(obj), None, None, _set_state
+                return _new, (kind,), _state_of(kind, obj), None, None, _set_state
         elif issubclass(kind, Tensor):
             self.flagged.append(obj)
             if _is_decorated(obj):
                 return _reduce_decorated(obj)
+            if kind is Tensor and obj.is_quantized:
+                return _reduce_quantized(obj)
             return NotImplemented
+        elif kind is torch.jit.ScriptFunction:
+            return _script.reduce_script(obj)
+        elif kind.__name__ == "ExportedProgram" and kind.__module__ == "torch.export.exported_program":
+            return _reduce_exported(obj)
         return super().reducer_override(obj)
 
     def _number(self, key: object, tensor: Tensor) -> int:
@@ -171,15 +186,56 @@ def _has_plain_state(kind: type[torch.nn.Module]) -> bool:
     )
 
 
-def _state_of(module: torch.nn.Module) -> Any:
-    getstate = getattr(module, "__getstate__", None)  # every object has one from Python 3.11 on
-    return getstate() if getstate is not None else module.__dict__
+def _state_of(kind: type[torch.nn.Module], module: torch.nn.Module) -> Any:
+    getstate = getattr(kind, "__getstate__", None)  # every object has one from Python 3.11 on
+    return getstate(module) if getstate is not None else module.__dict__
 
 
 def _set_state(module: torch.nn.Module, state: dict[str, Any]) -> None:
     # Module.__setstate__ also adds what pickles of earlier versions of torch lack: a sixth of the time to
     # unpickle BERT, and the state comes from this version.
     object.__setattr__(module, "__dict__", state)
+
+
+def _reduce_exported(program: Any) -> Any:
+    """Describe an exported program by torch's own format for its graph, and its tensors beside that.
+
+    Its default pickle would trace the graph anew, and fail.
+    """
+    from torch._export.serde.serialize import ExportedProgramSerializer  # a second to import
+
+    serialized = ExportedProgramSerializer().serialize(
+        program, serialize_state_dict=False, serialize_constants=False, serialize_example_inputs=False
+    )
+    tensors = (dict(program.state_dict), dict(program.constants), program.example_inputs)
+    return _rebuild_exported, (serialized.exported_program, *tensors)
+
+
+def _rebuild_exported(graph: Any, state: dict[str, Tensor], constants: dict[str, Any], example: Any) -> Any:
+    from torch._export.serde.serialize import ExportedProgramDeserializer
+
+    return ExportedProgramDeserializer().deserialize(graph, state, constants, example)
+
+
+def _reduce_parametrized(module: torch.nn.Module) -> Any:
+    """Describe a module whose class torch made for it alone, and refuses to pickle, by the class under that."""
+    kind = parametrize.type_before_parametrizations(module)
+    names = tuple(module.parametrizations.keys())  # type: ignore[operator,union-attr]
+    return _new_parametrized, (kind, names), _state_of(kind, module), None, None, _set_parametrized_state
+
+
+def _new_parametrized(kind: type[torch.nn.Module], names: tuple[str, ...]) -> torch.nn.Module:
+    module = kind.__new__(kind)
+    parametrize._inject_new_class(module)
+    for name in names:
+        object.__setattr__(module, "__dict__", {"_parameters": {}, "_buffers": {}, "_modules": {}})
+        parametrize._inject_property(module, name)
+    return module
+
+
+def _set_parametrized_state(module: torch.nn.Module, state: Any) -> None:
+    kind: Any = parametrize.type_before_parametrizations(module)
+    kind.__setstate__(module, state)
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -198,12 +254,12 @@ def _has_own_bytes(tensor: Tensor) -> bool:
 
 def components(tensor: Tensor) -> Iterator[Tensor]:
     """Yield the tensors with bytes of their own that `tensor` is made of: itself, or a sparse one's values, ..."""
+    if torch.nn.parameter.is_lazy(tensor) or tensor.is_meta:
+        return
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is not None:
         for name in flatten()[0]:
             yield from components(getattr(tensor, name))
-    elif tensor.is_meta:
-        return
     elif tensor.layout is torch.sparse_coo:
         yield from (tensor._indices(), tensor._values())
     elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
@@ -212,6 +268,13 @@ def components(tensor: Tensor) -> Iterator[Tensor]:
         yield from (tensor.ccol_indices(), tensor.row_indices(), tensor.values())
     elif torch._C._has_storage(tensor):
         yield tensor
+
+
+def packed_bytes(obj: torch.ScriptObject) -> int:
+    """Return the bytes of the weights that a quantized layer has packed for the processor, and owns."""
+    if not hasattr(obj, "unpack"):
+        return 0
+    return sum(part.untyped_storage().nbytes() for part in obj.unpack() if isinstance(part, Tensor))
 
 
 def _is_decorated(tensor: Tensor) -> bool:
@@ -238,14 +301,49 @@ def _rebuild_decorated(data: Tensor, kind: type, requires_grad: bool) -> Tensor:
     return Tensor._make_subclass(kind, data, requires_grad)
 
 
+def _reduce_quantized(tensor: Tensor) -> Any:
+    """Describe a quantized tensor as torch does, but by an untyped storage: a typed one warns when it is read."""
+    scheme = tensor.qscheme()
+    quantizer: tuple[Any, ...]
+    if scheme == torch.per_tensor_affine:
+        quantizer = (tensor.q_scale(), tensor.q_zero_point())
+    elif scheme in (torch.per_channel_affine, torch.per_channel_affine_float_qparams):
+        quantizer = (tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points(), tensor.q_per_channel_axis())
+    else:
+        return NotImplemented
+    place = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
+    return _rebuild_quantized, (tensor.untyped_storage(), tensor.dtype, place, quantizer)
+
+
+def _rebuild_quantized(
+    storage: torch.UntypedStorage, dtype: torch.dtype, place: tuple[int, Any, Any], quantizer: tuple[Any, ...]
+) -> Tensor:
+    offset, shape, stride = place
+    options: Any = {"dtype": dtype, "device": storage.device}
+    if len(quantizer) == 2:
+        scale, zero_point = quantizer
+        tensor = torch._empty_affine_quantized((0,), scale=scale, zero_point=zero_point, **options)
+    else:
+        scales, zero_points, axis = quantizer
+        # Of the final shape, which the quantizer is checked against; nothing touches these pages.
+        tensor = torch._empty_per_channel_affine_quantized(
+            shape, scales=scales, zero_points=zero_points, axis=axis, **options
+        )
+    return tensor.set_(storage, offset, shape, stride)
+
+
 def _set_attributes(tensor: Tensor, attributes: dict[str, Any]) -> None:
     tensor.__dict__.update(attributes)
+
+
+def _trains(module: torch.nn.Module) -> bool:
+    return getattr(module, "training", False)  # a frozen TorchScript module has no such attribute
 
 
 def _roots_in_training(modules: list[torch.nn.Module]) -> list[torch.nn.Module]:
     """Return the modules that are nobody's submodule and have a part in training mode."""
     below = {id(child) for module in modules for child in module.children()}
-    return [m for m in modules if id(m) not in below and any(part.training for part in m.modules())]
+    return [m for m in modules if id(m) not in below and any(_trains(part) for part in m.modules())]
 
 
 # ---------------------------------------------------------------- putting together
@@ -270,13 +368,14 @@ def put_together(
     unpickler = _Unpickler(io.BytesIO(skeleton), buffers=arrays)
     unpickler.tensors = tensors
     unpickler.carried = carried
+    unpickler.keep_flags = keep_flags
     obj = unpickler.load()
     roots, flagged = unpickler.load()
     if not keep_flags:
         for root in roots:
             root.eval()
         for tensor in flagged:
-            if tensor.requires_grad:
+            if tensor.requires_grad and not torch.nn.parameter.is_lazy(tensor):
                 tensor.requires_grad_(False)
     return obj, unpickler.import_seconds
 
@@ -284,6 +383,7 @@ def put_together(
 class _Unpickler(pickle.Unpickler):
     tensors: Sequence[Tensor]
     carried: Sequence[object]
+    keep_flags: bool
     import_seconds = 0.0
 
     def find_class(self, module: str, name: str) -> Any:
@@ -300,6 +400,8 @@ class _Unpickler(pickle.Unpickler):
             return self.tensors[pid]
         if pid[0] == "carried":
             return self.carried[pid[1]]
+        if pid[0] == "keep_flags":
+            return self.keep_flags
         _, number, dtype = pid
         storage = self.tensors[number].untyped_storage()
         if dtype is None:
@@ -312,6 +414,9 @@ class _Unpickler(pickle.Unpickler):
 
 def children(obj: object) -> Iterator[tuple[str, Any]]:
     """Yield what `obj` holds directly, each with the text that leads from `obj` to it: `.name`, `[0]`, `['key']`."""
+    if isinstance(obj, Tensor):
+        yield from ((f".{name}", value) for name, value in obj.__dict__.items())
+        return
     if isinstance(obj, dict):
         for key, value in list(obj.items()):
             yield f"[{key!r}]", value
@@ -328,6 +433,9 @@ def children(obj: object) -> Iterator[tuple[str, Any]]:
             except ValueError:
                 continue
     if isinstance(obj, (type, type(torch))):
+        return
+    if isinstance(obj, torch.jit.ScriptModule):
+        yield from _script.named_tensors(obj)
         return
     attributes = getattr(obj, "__dict__", None)
     if isinstance(attributes, dict):

@@ -72,6 +72,10 @@ def model_memory(model: object, *, largest: int = 10) -> ModelMemory:
     own: list[tuple[str, int]] = []
     seen: set[int] = set()
     for where, tensor in _graph.walk(model, path):
+        if isinstance(tensor, torch.ScriptObject):
+            packed = _graph.packed_bytes(tensor)
+            if packed:
+                own.append((where, packed))
         if not isinstance(tensor, torch.Tensor):
             continue
         for part in _graph.components(tensor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from typing import Any
 
 import torch
@@ -33,10 +34,23 @@ def describe(obj: object, *, flags: bool = True) -> list[tuple[Any, ...]]:
         numbers[id(part)] = len(numbers)
         alive.append(part)
         kind = f"{type(part).__module__}.{type(part).__qualname__}"
+        if isinstance(part, torch.jit.ScriptModule):
+            kind = "ScriptModule"
         lines.append((path, kind))
         if isinstance(part, torch.Tensor):
             lines.append((path, *tensor_facts(part, storages, alive, flags)))
-            visit(dict(vars(part)), path + ".__dict__")
+            if not part.is_nested:  # whose attributes are numbers that this process gave it
+                visit(dict(vars(part)), path + ".__dict__")
+        elif isinstance(part, torch.jit.ScriptModule):
+            if flags:
+                lines.append((path, getattr(part, "training", None)))
+            # As torch.jit.load gives them: RecursiveScriptModule, and tensors that are no Parameter to Python.
+            named = [*part.named_parameters(), *part.named_buffers()]
+            visit([(name, tensor.detach(), flags and tensor.requires_grad) for name, tensor in named], path)
+            lines.append((path, re.sub(r"___torch_mangle_\d+\.", "", part.code)))
+        elif type(part).__name__ == "ExportedProgram":
+            visit([dict(part.state_dict), dict(part.constants)], path)
+            lines.append((path, part.graph_module.code, str(part.graph_signature)))
         elif isinstance(part, dict):
             for key, value in part.items():
                 visit(value, f"{path}[{key!r}]")
@@ -45,6 +59,10 @@ def describe(obj: object, *, flags: bool = True) -> list[tuple[Any, ...]]:
                 visit(value, f"{path}[{number}]")
         elif hasattr(part, "__dict__") and not isinstance(part, type) and not callable_only(part):
             for name, value in sorted(vars(part).items()):
+                if name.startswith("__"):
+                    continue  # what functools.update_wrapper left, which is not pickled
+                if isinstance(part, torch.fx.GraphModule) and name == "_graph":
+                    value = part.code  # a graph is pickled as the code that it stands for
                 visit(value, f"{path}.{name}")
 
     visit(obj, "")
@@ -58,7 +76,16 @@ def callable_only(part: object) -> bool:
 
 def tensor_facts(tensor: torch.Tensor, storages: dict[int, int], alive: list[object], flags: bool) -> tuple[Any, ...]:
     """Return what tells a tensor from another: dtype, shape, stride, bits, values, storage, flags."""
-    facts: list[Any] = [tensor.dtype, tuple(tensor.shape), tensor.layout, tensor.device.type]
+    if torch.nn.parameter.is_lazy(tensor):
+        return ("uninitialized", str(type(tensor)))
+    if tensor.is_nested and tensor.layout is torch.strided:
+        return ("nested", tensor.dtype, digest(tensor))
+    facts: list[Any] = [
+        tensor.dtype,
+        re.sub(r"j\d+", "j", str(tuple(tensor.shape))),
+        tensor.layout,
+        tensor.device.type,
+    ]
     if flags:
         facts += [tensor.requires_grad]
     if tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested and not tensor.is_meta:
@@ -76,12 +103,12 @@ def digest(tensor: torch.Tensor) -> str:
         plain = tensor.detach()
         if plain.is_meta:
             return "meta"
+        if plain.is_nested:
+            return "+".join(digest(part) for part in plain.unbind())
         if plain.layout is not torch.strided:
             plain = plain.to_dense()
         if plain.is_quantized:
             plain = plain.int_repr()
-        if plain.is_nested:
-            return "+".join(digest(part) for part in plain.unbind())
         if type(plain) is not torch.Tensor and hasattr(plain, "__tensor_flatten__"):
             names, _ = plain.__tensor_flatten__()
             return "+".join(digest(getattr(plain, name)) for name in names)
@@ -89,6 +116,20 @@ def digest(tensor: torch.Tensor) -> str:
         if plain.numel() == 0:
             return "empty"
         return hashlib.sha256(plain.view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+
+
+def pieces(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """Return the tensors with a storage that a tensor is made of."""
+    if torch.nn.parameter.is_lazy(tensor) or tensor.is_meta:
+        return []
+    if hasattr(tensor, "__tensor_flatten__"):
+        return [piece for name in tensor.__tensor_flatten__()[0] for piece in pieces(getattr(tensor, name))]
+    match tensor.layout:
+        case torch.sparse_coo:
+            return [tensor._indices(), tensor._values()]
+        case torch.sparse_csr | torch.sparse_bsr:
+            return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    return [tensor]
 
 
 def storage_bytes(obj: object) -> int:
@@ -103,9 +144,10 @@ def storage_bytes(obj: object) -> int:
         visited.add(id(part))
         alive.append(part)
         if isinstance(part, torch.Tensor):
-            storage = part.untyped_storage()
-            alive.append(storage)
-            seen[storage._cdata] = storage.nbytes()
+            for inner in pieces(part):
+                storage = inner.untyped_storage()
+                alive.append(storage)
+                seen[storage._cdata] = storage.nbytes()
             visit(vars(part))
         elif isinstance(part, dict):
             for value in part.values():
@@ -113,6 +155,8 @@ def storage_bytes(obj: object) -> int:
         elif isinstance(part, (list, tuple)):
             for value in part:
                 visit(value)
+        elif isinstance(part, torch.jit.ScriptModule):
+            visit([*part.parameters(), *part.buffers()])
         elif hasattr(part, "__dict__") and not isinstance(part, type) and not callable_only(part):
             visit(vars(part))
 

