@@ -2,7 +2,12 @@
 
 from . import actor, memory
 from ._store import ModelRef
-from .actor import load_model_in_actor, prepare_model_for_actors
+from .actor import (
+    load_model_in_actor,
+    load_pipeline_in_actor,
+    prepare_model_for_actors,
+    rewrite_pipeline_for_actors,
+)
 from .errors import ModelLostError, ZeroCopyError, ZeroCopyWarning
 from .predictor import ZeroCopyPredictor
 
@@ -14,6 +19,8 @@ __all__ = [
     "ZeroCopyWarning",
     "actor",
     "load_model_in_actor",
+    "load_pipeline_in_actor",
     "memory",
     "prepare_model_for_actors",
+    "rewrite_pipeline_for_actors",
 ]

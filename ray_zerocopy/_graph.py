@@ -39,7 +39,7 @@ from torch.nn.utils import parametrize
 
 from . import _script
 
-__all__ = ["Parts", "children", "components", "packed_bytes", "put_together", "take_apart", "walk"]
+__all__ = ["Parts", "children", "components", "follow", "packed_bytes", "put_together", "take_apart", "walk"]
 
 Tensor = torch.Tensor
 Parameter = torch.nn.Parameter
@@ -67,26 +67,26 @@ class Parts(NamedTuple):
 # ---------------------------------------------------------------- taking apart
 
 
-def take_apart(obj: object, leave_out: tuple[type, ...] = ()) -> Parts:
+def take_apart(obj: object, leave_out: tuple[type, ...] = (), objects: Sequence[object] = ()) -> Parts:
     """Pickle `obj` into a skeleton, with its tensors taken out; `obj` is not changed.
 
-    Instances of the types in `leave_out` are not pickled but listed in `Parts.carried`.
+    Instances of the types in `leave_out`, and `objects`, are not pickled but listed in `Parts.carried`.
     Raises TypeError naming the attribute path of what cannot be pickled.
     """
     stream = io.BytesIO()
-    pickler = _Pickler(stream, leave_out)
+    pickler = _Pickler(stream, leave_out, objects)
     try:
         pickler.dump(obj)
         # A second pickle in the same stream, with the same memo: which of the objects just pickled must be
         # touched to give eval mode and requires_grad=False.
         pickler.dump((_roots_in_training(pickler.modules), pickler.flagged))
     except Exception as error:
-        raise _unpicklable(obj, leave_out, error) from error
+        raise _unpicklable(obj, leave_out, objects, error) from error
     return Parts(stream.getvalue(), pickler.tensors, pickler.arrays, pickler.carried)
 
 
 class _Pickler(CloudPickler):  # type: ignore[misc]
-    def __init__(self, stream: io.BytesIO, leave_out: tuple[type, ...]) -> None:
+    def __init__(self, stream: io.BytesIO, leave_out: tuple[type, ...], objects: Sequence[object]) -> None:
         self.arrays: list[pickle.PickleBuffer] = []
         # Before super().__init__, which reads it. A flat copy: lookups in cloudpickle's ChainMap take a quarter
         # of the time to pickle BERT. Left out are the reducer for torch.Tensor that Ray puts there for
@@ -96,6 +96,7 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
         self.dispatch_table = {k: v for k, v in CloudPickler.dispatch_table.items() if k not in unwanted}
         super().__init__(stream, protocol=5, buffer_callback=self._take_array)
         self.leave_out = leave_out
+        self.objects = {id(part) for part in objects}
         self.tensors: list[Tensor] = []
         self.carried: list[Any] = []
         self.modules: list[torch.nn.Module] = []
@@ -112,7 +113,7 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
             return self._storage_id(obj)
         elif kind is _script.Asked:
             return ("keep_flags",)
-        elif self.leave_out and isinstance(obj, self.leave_out):
+        elif isinstance(obj, self.leave_out) or id(obj) in self.objects:
             number = self._numbers.get(id(obj))
             if number is None:
                 number = self._numbers[id(obj)] = len(self.carried)
@@ -464,8 +465,11 @@ def _mangled(kind: type, name: str) -> str:
 _LEAVES = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size)
 
 
-def walk(obj: object, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield `obj` and everything reachable from it once, each with its path from `obj`; never runs a property."""
+def walk(obj: object, path: str = "", stop_at: tuple[type, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """Yield `obj` and everything reachable from it once, each with its path from `obj`; never runs a property.
+
+    What instances of the types in `stop_at` hold is not looked at.
+    """
     seen: set[int] = set()
     alive: list[object] = []
     pending = [(path, obj)]
@@ -476,13 +480,25 @@ def walk(obj: object, path: str = "") -> Iterator[tuple[str, Any]]:
         seen.add(id(current))
         alive.append(current)
         yield path, current
+        if isinstance(current, stop_at):
+            continue
         pending.extend(reversed([(path + step, child) for step, child in children(current)]))
 
 
-def _unpicklable(obj: object, leave_out: tuple[type, ...], error: Exception) -> TypeError:
+def follow(obj: object, path: str) -> Any:
+    """Return what lies at a path as `children` spells them, such as `.stages[0].model`; LookupError if nothing."""
+    if not path:
+        return obj
+    for step, child in children(obj):
+        if path.startswith(step) and path[len(step) : len(step) + 1] in ("", ".", "["):
+            return follow(child, path[len(step) :])
+    raise LookupError(path)
+
+
+def _unpicklable(obj: object, leave_out: tuple[type, ...], objects: Sequence[object], error: Exception) -> TypeError:
     def fails(part: object) -> Exception | None:
         try:
-            _Pickler(io.BytesIO(), leave_out).dump(part)
+            _Pickler(io.BytesIO(), leave_out, objects).dump(part)
         except Exception as failure:
             return failure
         return None

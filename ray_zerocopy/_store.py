@@ -93,8 +93,11 @@ def format_bytes(nbytes: float) -> str:
 # ---------------------------------------------------------------- into the store
 
 
-def put(model: object) -> ModelRef:
-    """Take `model` apart and put it into the object store; see `actor.prepare_model_for_actors`."""
+def put(model: object, name: str | None = None) -> ModelRef:
+    """Take `model` apart and put it into the object store; see `actor.prepare_model_for_actors`.
+
+    `name` is what the handle calls it, by default the class.
+    """
     if isinstance(model, ModelRef):
         raise TypeError(f"{model!r} is shared already: pass it to the workers as it is.")
     if isinstance(model, ray.ObjectRef):
@@ -107,7 +110,7 @@ def put(model: object) -> ModelRef:
     layout = packed.layout
     header = pickle.dumps((layout, parts.skeleton), protocol=5)
     nbytes = sum(layout.buffers)
-    name = type(model).__name__
+    name = name or type(model).__name__
     session = _session()
     _check_room(name, nbytes + len(header))
     groups = _grouped(layout.buffers)

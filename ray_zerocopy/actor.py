@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import ray
+import torch
 
-from . import _store
+from . import _graph, _store
 from ._device import DeviceLike, resolve
 from ._store import Loaded, ModelRef
 
-__all__ = ["load_model_in_actor", "prepare_model_for_actors"]
+__all__ = [
+    "PipelineSkeleton",
+    "load_model_in_actor",
+    "load_pipeline_in_actor",
+    "prepare_model_for_actors",
+    "rewrite_pipeline_for_actors",
+]
+
+MODEL_TYPES = (torch.nn.Module, torch.jit.ScriptFunction)
 
 
 def prepare_model_for_actors(model: object) -> ModelRef:
@@ -78,6 +91,146 @@ def load_model_in_actor(
         False
     """
     return load(model_ref, device, keep_flags=keep_flags, require_isolation=require_isolation).model
+
+
+# ---------------------------------------------------------------- pipelines
+
+
+@dataclass(frozen=True)
+class PipelineSkeleton:
+    """A pipeline without its models: small, picklable, to be passed to workers beside the `refs`.
+
+    Attributes:
+        class_name: The class of the pipeline.
+        models: Where its models are in it, such as `.encoder` or `.stages[0]`.
+    """
+
+    class_name: str
+    models: tuple[str, ...]
+    _stream: bytes
+    _rest: tuple[Any, ...]
+
+    def __repr__(self) -> str:
+        size = _store.format_bytes(len(self._stream))
+        return f"PipelineSkeleton({self.class_name} without {', '.join(self.models)}; {size})"
+
+
+def rewrite_pipeline_for_actors(
+    pipeline: object, model_attr_names: Iterable[str] | None = None
+) -> tuple[PipelineSkeleton, ModelRef]:
+    """Put the models of a pipeline into Ray's object store, and return the pipeline without them and a handle.
+
+    A pipeline is any object with models in it, wherever they are: attributes, slots, lists, dicts, nested objects,
+    bound methods of models. It is not changed, and none of its properties is run.
+
+    Args:
+        pipeline: The object, such as a Hugging Face `pipeline()`.
+        model_attr_names: Share only the models of these names, as paths from the pipeline (`"encoder"`,
+            `"stages[0].model"`); anything else travels in the skeleton, a copy for each worker. By default
+            everything that has tensors is shared.
+
+    Returns:
+        The skeleton and the handle for `load_pipeline_in_actor`. One model under two names is stored once, and
+        tensors tied across models stay tied, so all models are behind one handle.
+
+    Raises:
+        TypeError: A part cannot be pickled, or a name in `model_attr_names` is not a model.
+        ValueError: The pipeline has no models, or a name in `model_attr_names` is not in it.
+        ZeroCopyError: The store of this node is too small; nothing has been put.
+
+    Example:
+        >>> import torch, types
+        >>> pipeline = types.SimpleNamespace(encoder=torch.nn.Linear(4, 4), labels=["no", "yes"])
+        >>> skeleton, refs = rewrite_pipeline_for_actors(pipeline)
+        >>> skeleton.models
+        ('.encoder',)
+        >>> load_pipeline_in_actor(skeleton, refs).labels
+        ['no', 'yes']
+    """
+    name = type(pipeline).__name__
+    found = find_models(pipeline)
+    if not found:
+        raise ValueError(f"{name} has no models in it to share. Any other object goes to workers as it is.")
+    if model_attr_names is None:
+        parts = _graph.take_apart(pipeline, leave_out=MODEL_TYPES)
+        shared: Any = (parts.carried, parts.tensors, [_as_array(array) for array in parts.arrays])
+        rest: tuple[Any, ...] = ()
+    else:
+        found = _named(pipeline, model_attr_names, found)
+        parts = _graph.take_apart(pipeline, objects=[model for _, model in found])
+        shared = (parts.carried, [], [])
+        rest = (parts.tensors, [_as_array(array).copy() for array in parts.arrays])
+    refs = _store.put(shared, name=f"models of {name}")
+    return PipelineSkeleton(name, tuple(path for path, _ in found), parts.skeleton, rest), refs
+
+
+def load_pipeline_in_actor(
+    skeleton: PipelineSkeleton,
+    refs: ModelRef,
+    device: DeviceLike = None,
+    *,
+    keep_flags: bool = False,
+    require_isolation: bool = False,
+) -> Any:
+    """Return the pipeline with its models, loaded as `load_model_in_actor` does, in any worker.
+
+    Args:
+        skeleton: The pipeline without models, from `rewrite_pipeline_for_actors`.
+        refs: The handle that came with it.
+        device: As for `load_model_in_actor`; a `device` attribute of the pipeline, as Hugging Face has it, follows.
+        keep_flags: As for `load_model_in_actor`.
+        require_isolation: As for `load_model_in_actor`.
+
+    Returns:
+        An object equal to the source, whose models are views of the store's pages.
+
+    Raises:
+        TypeError: `skeleton` or `refs` is not what `rewrite_pipeline_for_actors` returned.
+        ModelLostError, ValueError, ZeroCopyError: As for `load_model_in_actor`.
+    """
+    if not isinstance(skeleton, PipelineSkeleton):
+        raise TypeError(
+            f"a PipelineSkeleton is needed, not {type(skeleton).__module__}.{type(skeleton).__qualname__}. "
+            f"Make one in the driver: skeleton, refs = rewrite_pipeline_for_actors(pipeline)."
+        )
+    loaded = load(refs, device, keep_flags=keep_flags, require_isolation=require_isolation)
+    if not isinstance(loaded.model, tuple) or len(loaded.model) != 3:
+        raise TypeError(f"{refs!r} is not the handle that came with {skeleton!r}: both come from one call.")
+    models, tensors, arrays = loaded.model
+    if skeleton._rest:
+        tensors, arrays = pickle.loads(pickle.dumps(skeleton._rest))  # copy: model_attr_names asked for it
+        for tensor in tensors if not keep_flags else ():
+            tensor.requires_grad_(False)
+    pipeline, _ = _graph.put_together(skeleton._stream, tensors, arrays, models, keep_flags=keep_flags)
+    if isinstance(getattr(pipeline, "__dict__", {}).get("device"), torch.device):
+        pipeline.device = loaded.device
+    return pipeline
+
+
+def find_models(pipeline: object) -> list[tuple[str, Any]]:
+    """Return the models in an object, each once, with the path that leads there; not the parts of a model."""
+    return [
+        (path, part) for path, part in _graph.walk(pipeline, stop_at=MODEL_TYPES) if isinstance(part, MODEL_TYPES)
+    ]
+
+
+def _named(pipeline: object, names: Iterable[str], found: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    there = f"Its models are: {', '.join(path.lstrip('.') for path, _ in found)}."
+    chosen = []
+    for name in [names] if isinstance(names, str) else names:
+        try:
+            part = _graph.follow(pipeline, f".{name}")
+        except LookupError:
+            raise ValueError(f"{type(pipeline).__name__} has no part '{name}'. {there}") from None
+        if not isinstance(part, MODEL_TYPES):
+            kind = type(part).__qualname__
+            raise TypeError(f"'{name}' of {type(pipeline).__name__} is a {kind}, not a model. {there}")
+        chosen.append((f".{name}", part))
+    return chosen
+
+
+def _as_array(buffer: pickle.PickleBuffer) -> np.ndarray[Any, Any]:
+    return np.frombuffer(buffer.raw(), dtype=np.uint8)
 
 
 def load(

@@ -17,7 +17,7 @@ import torch
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """Start a local Ray with more logical CPUs than any test's actors take."""
-    ray.init(num_cpus=16, include_dashboard=False, object_store_memory=1 << 30, logging_level="error")
+    ray.init("local", num_cpus=16, include_dashboard=False, object_store_memory=1 << 30, logging_level="error")
     torch.set_num_threads(1)
     yield
     ray.shutdown()

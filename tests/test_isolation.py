@@ -137,7 +137,7 @@ def test_a_write_copies_its_page_alone(ray_session: None) -> None:
 
 SCRIPT = """
 import os, json, torch, ray
-ray.init(num_cpus=4, include_dashboard=False, object_store_memory=200_000_000, logging_level="error")
+ray.init("local", num_cpus=4, include_dashboard=False, object_store_memory=200_000_000, logging_level="error")
 from ray_zerocopy import prepare_model_for_actors, load_model_in_actor, memory
 model = torch.nn.Linear(512, 512)
 ref = prepare_model_for_actors(model)

