@@ -1,7 +1,7 @@
 """The functions without the base class: any callable class that Ray Data runs can load a shared model.
 
-pip install "ray-zerocopy[demo]"
-python examples/ray_data_actor_example.py
+python3 -m venv .venv && .venv/bin/pip install -e ".[demo]"
+.venv/bin/python examples/ray_data_actor_example.py
 """
 
 from __future__ import annotations

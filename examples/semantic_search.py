@@ -1,8 +1,8 @@
 """Search the documentation of everything installed here by meaning, with one copy of the model for four actors.
 
-    pip install "ray-zerocopy[demo]"
-    python examples/semantic_search.py "how do I parse dates"
-    python examples/semantic_search.py "how do I parse dates" --limit 2000     # the first 2000 passages only
+    python3 -m venv .venv && .venv/bin/pip install -e ".[demo]"
+    .venv/bin/python examples/semantic_search.py "how do I parse dates"
+    .venv/bin/python examples/semantic_search.py "how do I parse dates" --limit 2000     # the first 2000 only
 
 Collects the docstrings of the standard library and of the installed packages, embeds each with all-MiniLM-L6-v2
 in a pool of Ray Data actors that share the weights, and prints the five docstrings nearest to the query.

@@ -24,12 +24,14 @@ and containers need no rule of their own.
 
 from __future__ import annotations
 
+import collections
 import copyreg
+import functools
+import inspect
 import io
 import pickle
-import sys
 import time
-from collections import OrderedDict
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -79,7 +81,7 @@ def take_apart(obj: object, leave_out: tuple[type, ...] = (), objects: Sequence[
         pickler.dump(obj)
         # A second pickle in the same stream, with the same memo: which of the objects just pickled must be
         # touched to give eval mode and requires_grad=False.
-        pickler.dump((_roots_in_training(pickler.modules), pickler.flagged))
+        pickler.dump((*_in_training(pickler.modules), pickler.flagged))
     except Exception as error:
         raise _unpicklable(obj, leave_out, objects, error) from error
     return Parts(stream.getvalue(), pickler.tensors, pickler.arrays, pickler.carried)
@@ -123,16 +125,16 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
-        if kind is OrderedDict:
+        if kind is collections.OrderedDict:
             # A module has eleven, nearly all empty, and OrderedDict's own reduce is slow.
-            return NotImplemented if obj or obj.__dict__ else (OrderedDict, ())
+            return NotImplemented if obj or obj.__dict__ else (collections.OrderedDict, ())
         if isinstance(obj, torch.nn.Module):
             self.modules.append(obj)
             if isinstance(obj, torch.jit.ScriptModule):
                 return _script.reduce_script(obj)
             if "parametrizations" in obj.__dict__["_modules"] and parametrize.is_parametrized(obj):
                 return _reduce_parametrized(obj)
-            if _has_plain_state(kind):
+            if kind not in self.dispatch_table and _has_plain_state(kind):
                 return _new, (kind,), _state_of(kind, obj), None, None, _set_state
         elif issubclass(kind, Tensor):
             self.flagged.append(obj)
@@ -341,10 +343,29 @@ def _trains(module: torch.nn.Module) -> bool:
     return getattr(module, "training", False)  # a frozen TorchScript module has no such attribute
 
 
-def _roots_in_training(modules: list[torch.nn.Module]) -> list[torch.nn.Module]:
-    """Return the modules that are nobody's submodule and have a part in training mode."""
+def _in_training(modules: list[torch.nn.Module]) -> tuple[list[torch.nn.Module], list[torch.nn.Module]]:
+    """Return what to give eval mode: roots, by their `eval()`; and single modules, by their flag alone.
+
+    The latter where some class means something else by `train` than torch does, such as a training loop.
+    """
     below = {id(child) for module in modules for child in module.children()}
-    return [m for m in modules if id(m) not in below and any(_trains(part) for part in m.modules())]
+    roots, single = [], []
+    for root in modules:
+        if id(root) in below:
+            continue
+        parts = list(root.modules())
+        if any(_trains(part) for part in parts):
+            if all(_has_torchs_train(type(part)) for part in parts):
+                roots.append(root)
+            else:
+                single += [part for part in parts if _trains(part)]
+    return roots, single
+
+
+def _has_torchs_train(kind: type[torch.nn.Module]) -> bool:
+    if kind.train is torch.nn.Module.train or issubclass(kind, torch.jit.ScriptModule):
+        return True
+    return "mode" in inspect.signature(kind.train).parameters
 
 
 # ---------------------------------------------------------------- putting together
@@ -371,10 +392,12 @@ def put_together(
     unpickler.carried = carried
     unpickler.keep_flags = keep_flags
     obj = unpickler.load()
-    roots, flagged = unpickler.load()
+    roots, single, flagged = unpickler.load()
     if not keep_flags:
         for root in roots:
             root.eval()
+        for module in single:
+            module.training = False
         for tensor in flagged:
             if tensor.requires_grad and not torch.nn.parameter.is_lazy(tensor):
                 tensor.requires_grad_(False)
@@ -388,8 +411,6 @@ class _Unpickler(pickle.Unpickler):
     import_seconds = 0.0
 
     def find_class(self, module: str, name: str) -> Any:
-        if module in sys.modules:
-            return super().find_class(module, name)
         begin = time.perf_counter()
         try:
             return super().find_class(module, name)
@@ -421,10 +442,12 @@ def children(obj: object) -> Iterator[tuple[str, Any]]:
     if isinstance(obj, dict):
         for key, value in list(obj.items()):
             yield f"[{key!r}]", value
-    elif isinstance(obj, (list, tuple, set, frozenset)):
+    elif isinstance(obj, (list, tuple, set, frozenset, collections.deque)):
         for number, value in enumerate(obj):
             yield f"[{number}]", value
-    elif callable(getattr(obj, "__func__", None)) and hasattr(obj, "__self__"):
+    elif isinstance(obj, functools.partial):
+        yield from ((".func", obj.func), (".args", obj.args), (".keywords", obj.keywords))
+    elif isinstance(obj, types.MethodType):
         yield ".__self__", obj.__self__
     elif getattr(obj, "__closure__", None):
         names = obj.__code__.co_freevars  # type: ignore[attr-defined]
@@ -506,6 +529,8 @@ def _unpicklable(obj: object, leave_out: tuple[type, ...], objects: Sequence[obj
     path, culprit, reason = _deepest(obj, fails, error)
     where = f"{type(obj).__qualname__}{path}" if path else type(obj).__qualname__
     kind = f"{type(culprit).__module__}.{type(culprit).__qualname__}"
+    if len(where) > 300:
+        where = f"{where[:100]} ... {where[-150:]}"
     return TypeError(
         f"{type(obj).__qualname__} cannot be shared: {where} is a {kind}, which cannot be pickled "
         f"({type(reason).__name__}: {reason}). Remove it before sharing and create it again in the worker, "

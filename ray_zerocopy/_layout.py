@@ -45,6 +45,9 @@ ALIGNMENT = 64
 BUFFER_ALONE = 64 * 1024
 # More buffers than this make ray.get slow (4 ms per thousand): then only the largest stay alone.
 MOST_BUFFERS = 1000
+# A packed buffer holds at most this share of all bytes, or so many bytes if that is more: it is a copy in the
+# driver for as long as it takes to put it into the store.
+PACK_SHARE, PACK_AT_LEAST = 0.04, 4 << 20
 # A storage is cut down to what is reachable if that is at most this share of it.
 COMPACT_BELOW = 0.5
 
@@ -72,11 +75,33 @@ class Layout(NamedTuple):
     arrays: list[tuple[Slice, bool]]
 
 
+class Buffer(NamedTuple):
+    """A buffer to be: one range of the source's memory, or many small ones with their places in the buffer."""
+
+    nbytes: int
+    parts: list[tuple[int, int, int]]
+    """Place in the buffer, address, bytes."""
+    owners: list[object]
+    """What keeps the addresses good."""
+    packed: bool
+
+    def memory(self) -> memoryview:
+        """Return the bytes: a view of the source, or a fresh copy of the small parts."""
+        if not self.packed:
+            ((_, address, nbytes),) = self.parts
+            return _bytes_at(address, nbytes, self.owners)
+        pack = memoryview(bytearray(self.nbytes))
+        for place, address, nbytes in self.parts:
+            # copy: thousands of small buffers would cost every load more than packing costs once
+            pack[place : place + nbytes] = _bytes_at(address, nbytes, None)
+        return pack
+
+
 class Packed(NamedTuple):
-    """A layout, its buffers as byte arrays, and how many bytes were copied to make them."""
+    """A layout, and the buffers that it speaks of; `copied` counts the bytes that had to come from a device."""
 
     layout: Layout
-    buffers: list[memoryview]
+    buffers: list[Buffer]
     copied: int
 
 
@@ -95,7 +120,7 @@ def pack(tensors: Sequence[torch.Tensor], arrays: Sequence[pickle.PickleBuffer] 
     """Lay out the storages under `tensors`, and `arrays`, in buffers.
 
     Every distinct storage is kept once. The buffers are views of the sources' own memory but for the small
-    ones, which are packed, and those on a device, which come to the host.
+    ones, which are packed when their bytes are asked for, and those on a device, which come to the host.
     """
     storages: dict[int, int] = {}
     owners: list[torch.UntypedStorage] = []
@@ -125,7 +150,7 @@ def pack(tensors: Sequence[torch.Tensor], arrays: Sequence[pickle.PickleBuffer] 
     for array in arrays:
         extents.append(_array_extent(array))
 
-    slices, buffers, packed = _fill(extents)
+    slices, buffers = _fill(extents)
     users = Counter(numbers)
     views = [
         _view(tensor, number, begins[number], slices[number], users[number] == 1)
@@ -133,7 +158,7 @@ def pack(tensors: Sequence[torch.Tensor], arrays: Sequence[pickle.PickleBuffer] 
     ]
     array_slices = [(piece, array.raw().readonly) for piece, array in zip(slices[len(owners) :], arrays, strict=True)]
     layout = Layout([b.nbytes for b in buffers], slices[: len(owners)], views, array_slices)
-    return Packed(layout, buffers, copied + packed)
+    return Packed(layout, buffers, copied)
 
 
 def _reach(tensor: torch.Tensor) -> tuple[int, int]:
@@ -170,12 +195,13 @@ def _array_extent(array: pickle.PickleBuffer) -> _Extent:
     return _Extent(raw.__array_interface__["data"][0], raw.nbytes, (raw, array))
 
 
-def _fill(extents: list[_Extent]) -> tuple[list[Slice], list[memoryview], int]:
-    """Merge extents that share bytes, give the large ones a buffer each and pack the others into one."""
+def _fill(extents: list[_Extent]) -> tuple[list[Slice], list[Buffer]]:
+    """Merge extents that share bytes, give the large ones a buffer each and pack the others into few."""
     order = sorted((i for i, e in enumerate(extents) if e.nbytes), key=lambda i: extents[i].address)
     merged: list[tuple[int, int, list[int]]] = []
     for i in order:
-        begin, end = extents[i].address, extents[i].address + extents[i].nbytes
+        # From where malloc would align it, in the same allocation: elements stay aligned in the store.
+        begin, end = extents[i].address // 16 * 16, extents[i].address + extents[i].nbytes
         if merged and begin < merged[-1][1]:
             known_begin, known_end, members = merged[-1]
             members.append(i)
@@ -183,34 +209,37 @@ def _fill(extents: list[_Extent]) -> tuple[list[Slice], list[memoryview], int]:
         else:
             merged.append((begin, end, [i]))
 
-    alone = BUFFER_ALONE
-    sizes = sorted((end - begin for begin, end, _ in merged), reverse=True)
-    if len(sizes) > MOST_BUFFERS:
-        alone = max(alone, sizes[MOST_BUFFERS])
+    large = sorted((begin - end, begin) for begin, end, _ in merged if end - begin >= BUFFER_ALONE)
+    alone = {begin for _, begin in large[:MOST_BUFFERS]}
     slices: list[Slice] = [(0, 0, 0)] * len(extents)
-    buffers: list[memoryview] = []
-    small = []
-    for group in merged:
-        begin, end, members = group
-        if end - begin < alone:
-            small.append(group)
-            continue
-        for i in members:
-            slices[i] = (len(buffers), extents[i].address - begin, extents[i].nbytes)
-        buffers.append(_bytes_at(begin, end - begin, [extents[i].owner for i in members]))
+    buffers: list[Buffer] = []
 
-    packed = 0
-    if small:
-        total = sum(_aligned(end - begin) for begin, end, _ in small)
-        pack = memoryview(bytearray(total))
-        for begin, end, members in small:
-            # copy: thousands of small buffers would cost every load more than packing costs once
-            pack[packed : packed + end - begin] = _bytes_at(begin, end - begin, None)
-            for i in members:
-                slices[i] = (len(buffers), packed + extents[i].address - begin, extents[i].nbytes)
-            packed += _aligned(end - begin)
-        buffers.append(pack)
-    return slices, buffers, packed
+    def place(begin: int, end: int, members: list[int], at: int) -> None:
+        for i in members:
+            slices[i] = (len(buffers), at + extents[i].address - begin, extents[i].nbytes)
+
+    small = []
+    for begin, end, members in merged:
+        if begin not in alone:
+            small.append((begin, end, members))
+        else:
+            place(begin, end, members, 0)
+            owners = [extents[i].owner for i in members]
+            buffers.append(Buffer(end - begin, [(0, begin, end - begin)], owners, False))
+
+    most = max(PACK_AT_LEAST, int(PACK_SHARE * sum(end - begin for begin, end, _ in merged)))
+    parts: list[tuple[int, int, int]] = []
+    filled = 0
+    for begin, end, members in small:
+        if filled + end - begin > most and parts:
+            buffers.append(Buffer(filled, parts, [extents], True))
+            parts, filled = [], 0
+        place(begin, end, members, filled)
+        parts.append((filled, begin, end - begin))
+        filled += _aligned(end - begin)
+    if parts:
+        buffers.append(Buffer(filled, parts, [extents], True))
+    return slices, buffers
 
 
 def _aligned(nbytes: int) -> int:
@@ -225,7 +254,7 @@ def _bytes_at(address: int, nbytes: int, owner: object) -> memoryview:
 
 def _view(tensor: torch.Tensor, number: int, begin: int, piece: Slice, alone: bool) -> View:
     size = tensor.element_size()
-    offset = int(tensor.storage_offset()) - begin // size
+    offset = max(0, int(tensor.storage_offset()) - begin // size)  # of an empty tensor, anything
     shape, stride = tuple(tensor.shape), tensor.stride()
     elements = tensor.numel()
     whole = (
@@ -292,7 +321,7 @@ def unpack(
             if storage is None:
                 storage = _storage(pieces[number], buffers)
                 if device is not None and not on_host:
-                    storage = storage.to(device=device)
+                    storage = storage.to(device=device)  # copy: a device has memory of its own
                 storages[number] = storage
             tensor = torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, shape, stride)
         if conjugate:

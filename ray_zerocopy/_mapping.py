@@ -21,6 +21,7 @@ that `ray.get` returned, for as long as anything points into the view.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -31,14 +32,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .errors import ZeroCopyError
+
 __all__ = [
     "Location",
     "PrivateView",
     "Region",
     "Unmappable",
     "locate",
+    "pin",
+    "populate",
     "private_view",
     "region_at",
+    "restore",
     "written_bytes",
 ]
 
@@ -71,10 +77,39 @@ class Unmappable(Exception):
     """Carry the reason why a private view cannot be had; whoever asked decides what that means."""
 
 
-class PrivateView(mmap.mmap):
-    """A copy-on-write mapping, and the store arrays that keep its pages from being reused."""
+class PrivateView:
+    """A copy-on-write mapping, unmapped when this goes, and the store arrays that keep its pages from reuse.
 
-    keep_alive: object
+    `buffer` is the writable memory; it holds on to the view, and so does all that is made over it. Not a
+    `mmap.mmap`, which keeps a descriptor open for as long as it lives (before Python 3.13: always).
+    """
+
+    def __init__(self, fd: int, offset: int, nbytes: int, keep_alive: object) -> None:
+        protection, flags = mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | MAP_NORESERVE
+        address = _libc.mmap(None, nbytes, protection, flags, fd, offset)
+        if address == _MAP_FAILED:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+        self._munmap = _libc.munmap  # modules may be gone when a view goes at exit
+        self.address, self.nbytes = address, nbytes
+        self.keep_alive = keep_alive
+
+    def buffer(self) -> Any:
+        memory = (ctypes.c_uint8 * self.nbytes).from_address(self.address)
+        memory.view = self  # type: ignore[attr-defined]
+        return memory
+
+    def __del__(self) -> None:
+        if hasattr(self, "address"):
+            self._munmap(self.address, self.nbytes)
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_MAP_FAILED = ctypes.c_void_p(-1).value
 
 
 # ---------------------------------------------------------------- which region an address lies in
@@ -93,11 +128,13 @@ def region_at(address: int) -> Region | None:
     if _query_works:
         try:
             return _query_region(address)
-        except OSError:
+        except OSError as error:
+            _raise_if_exhausted(error)
             _query_works = False
     try:
         return next((r for r in regions() if r.start <= address < r.end), None)
-    except OSError:
+    except OSError as error:
+        _raise_if_exhausted(error)
         return None
 
 
@@ -171,11 +208,13 @@ def written_bytes(address: int, nbytes: int) -> int:
 _store_paths: dict[tuple[int, int], str] = {}
 
 
-def private_view(address: int, nbytes: int, keep_alive: object) -> tuple[PrivateView, int]:
+def private_view(address: int, nbytes: int, keep_alive: object) -> tuple[Any, int]:
     """Map the pages under `[address, address + nbytes)` a second time, copy-on-write.
 
-    Returns the view and the offset in it of the byte at `address`. The view holds `keep_alive` until it goes.
-    Raises `Unmappable` with the reason where this process cannot reach the file behind the pages.
+    Returns the view's memory, a writable buffer, and the offset in it of the byte at `address`. The mapping, and
+    `keep_alive`, last as long as the buffer or anything made over it.
+    Raises `Unmappable` with the reason where this process cannot reach the file behind the pages, and
+    ZeroCopyError where the process or the machine has run out of descriptors, mappings or memory.
     """
     region = region_at(address)
     if region is None:
@@ -186,24 +225,103 @@ def private_view(address: int, nbytes: int, keep_alive: object) -> tuple[Private
     try:
         offset = region.offset + address - region.start
         begin = offset - offset % PAGE
-        view = PrivateView(
-            fd,
-            offset - begin + nbytes,
-            flags=mmap.MAP_PRIVATE | MAP_NORESERVE,
-            prot=mmap.PROT_READ | mmap.PROT_WRITE,
-            offset=begin,
-        )
+        view = PrivateView(fd, begin, offset - begin + nbytes, keep_alive)
     except OSError as error:
+        _raise_if_exhausted(error)
         raise Unmappable(f"mmap of the store's file failed: {error}") from error
     finally:
         os.close(fd)
-    view.keep_alive = keep_alive
-    return view, offset - begin
+    return view.buffer(), offset - begin
+
+
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
+
+
+def _raise_if_exhausted(error: OSError) -> None:
+    """Turn having run out of something into an error: it says nothing of whether a view could be had."""
+    if error.errno in _EXHAUSTED:
+        raise ZeroCopyError(
+            f"this process cannot map the model: {error.strerror}. Drop models that are loaded and not used, or "
+            f"raise the limit (ulimit -n for files, sysctl vm.max_map_count for mappings)."
+        ) from error
+
+
+# PAGEMAP_SCAN, Linux 6.7: kernel, admin-guide/mm/pagemap; field order as in uapi/linux/fs.h, struct pm_scan_arg.
+_SCAN = struct.Struct("=12Q")
+_SCAN_REQUEST = (3 << 30) | (_SCAN.size << 16) | (ord("f") << 8) | 16
+_PAGE_IS_FILE, _PAGE_IS_PRESENT, _PAGE_IS_SWAPPED = 1 << 2, 1 << 3, 1 << 4
+_SCAN_RANGES = 4096
+_scan_works = True
+_MADV_POPULATE_READ = 22  # Linux 5.14
+
+
+def pin(memory: Any, keep_alive: object) -> object:
+    """Replace what keeps the pages of a view from being reused, and return what did so; None: nothing does."""
+    view: PrivateView = memory.view
+    before, view.keep_alive = view.keep_alive, keep_alive
+    return before
+
+
+def restore(memory: Any) -> bool:
+    """Drop the pages of a view's memory that were written to, so that it shows the file again.
+
+    Returns False where the kernel does not tell which they are. Nothing may write to the memory meanwhile.
+    """
+    begin = ctypes.addressof(memory)
+    try:
+        written = _written_ranges(begin, begin + -(-len(memory) // PAGE) * PAGE)
+    except OSError:
+        return False
+    return all(_libc.madvise(first, last - first, mmap.MADV_DONTNEED) == 0 for first, last in written)
+
+
+def populate(memory: Any) -> None:
+    """Touch every page of a view's memory for reading, where the kernel can; other threads run meanwhile."""
+    _libc.madvise(ctypes.addressof(memory), len(memory), _MADV_POPULATE_READ)
+
+
+def _written_ranges(begin: int, end: int) -> list[tuple[int, int]]:
+    """Return the addresses of the pages in a range that this process has copied for itself."""
+    global _scan_works
+    if _scan_works:
+        try:
+            return _scan_written(begin, end)
+        except OSError:
+            _scan_works = False
+    ranges: list[tuple[int, int]] = []
+    step = 1 << 30
+    for first in range(begin, end, step):
+        last = min(first + step, end)
+        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+            data = os.pread(pagemap.fileno(), (last - first) // PAGE * 8, first // PAGE * 8)
+        entries = np.frombuffer(data, dtype=np.uint64)
+        if len(entries) != (last - first) // PAGE:
+            raise OSError("pagemap is cut short")
+        own = ((entries >> np.uint64(62)) != 0) & ((entries >> np.uint64(61)) & np.uint64(1) == 0)
+        ranges += [(first + page * PAGE, first + (page + 1) * PAGE) for page in np.flatnonzero(own).tolist()]
+    return ranges
+
+
+def _scan_written(begin: int, end: int) -> list[tuple[int, int]]:
+    found = (ctypes.c_uint64 * (3 * _SCAN_RANGES))()
+    here = _PAGE_IS_PRESENT | _PAGE_IS_SWAPPED
+    ranges: list[tuple[int, int]] = []
+    fd = os.open("/proc/self/pagemap", os.O_RDONLY)
+    try:
+        while begin < end:
+            asked = (_SCAN.size, 0, begin, end, 0, ctypes.addressof(found), _SCAN_RANGES, 0)
+            argument = bytearray(_SCAN.pack(*asked, _PAGE_IS_FILE, _PAGE_IS_FILE, here, _PAGE_IS_FILE))
+            count = fcntl.ioctl(fd, _SCAN_REQUEST, argument)
+            ranges += [(found[3 * i], found[3 * i + 1]) for i in range(count)]
+            begin = _SCAN.unpack(argument)[4]
+    finally:
+        os.close(fd)
+    return ranges
 
 
 def shared_view(address: int, nbytes: int, keep_alive: object) -> Any:
     """Return a writable buffer over the bytes themselves: a write to it reaches every process on the node."""
-    view = (ctypes.c_char * nbytes).from_address(address)
+    view = (ctypes.c_uint8 * nbytes).from_address(address)
     view.keep_alive = keep_alive  # type: ignore[attr-defined]
     return view
 
@@ -225,7 +343,8 @@ def _open_store(device: int, inode: int) -> int:
         except PermissionError:
             refused += 1
             continue
-        except OSError:
+        except OSError as error:
+            _raise_if_exhausted(error)
             continue
         for number in descriptors:
             path = f"/proc/{pid}/fd/{number}"
@@ -250,7 +369,8 @@ def _open_store(device: int, inode: int) -> int:
 def _open_if_same(path: str, device: int, inode: int) -> int | None:
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
+    except OSError as error:
+        _raise_if_exhausted(error)
         return None
     status = os.fstat(fd)
     if (status.st_dev, status.st_ino) == (device, inode):

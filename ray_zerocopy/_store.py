@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import pickle
 import time
 import warnings
@@ -113,27 +114,51 @@ def put(model: object, name: str | None = None) -> ModelRef:
     name = name or type(model).__name__
     session = _session()
     _check_room(name, nbytes + len(header))
-    groups = _grouped(layout.buffers)
     refs = []
-    for number, (first, last) in enumerate(groups):
-        body: dict[str, Any] = {"buffers": [pickle.PickleBuffer(b) for b in packed.buffers[first:last]]}
+    for number, (first, last) in enumerate(_grouped(packed.buffers)):
+        body: dict[str, Any] = {"buffers": [pickle.PickleBuffer(b.memory()) for b in packed.buffers[first:last]]}
         if number == 0:
             body["header"] = pickle.PickleBuffer(header)
             body["carried"] = parts.carried
         refs.append(ray.put(body))
+        del body  # and with it what was packed
+    _warn_if_on_disk(name, refs)
     return ModelRef(name, nbytes, len(header), len(layout.views), tuple(refs), session)
 
 
-def _grouped(sizes: list[int]) -> list[tuple[int, int]]:
-    """Return ranges of buffers for one object each; at least one range, so that there is an object."""
+def _grouped(buffers: list[_layout.Buffer]) -> list[tuple[int, int]]:
+    """Return ranges of buffers for one object each; at least one range, so that there is an object.
+
+    No range has two packed buffers: each is a copy in this process until it has been put.
+    """
     groups = []
     first = held = 0
-    for number, size in enumerate(sizes):
-        if number > first and held + size > OBJECT_BYTES:
+    for number, buffer in enumerate(buffers):
+        both_packed = number > first and buffer.packed and buffers[number - 1].packed
+        if number > first and (held + buffer.nbytes > OBJECT_BYTES or both_packed):
             groups.append((first, number))
             first, held = number, 0
-        held += size
-    return [*groups, (first, len(sizes))]
+        held += buffer.nbytes
+    return [*groups, (first, len(buffers))]
+
+
+def _warn_if_on_disk(name: str, refs: list[ray.ObjectRef]) -> None:
+    """Say if Ray had no room left in memory: it then puts an object into a file on disk, without a word."""
+    if ray.util.client.ray.is_connected() or not os.path.isdir("/dev/shm"):
+        return
+    memory = os.stat("/dev/shm").st_dev
+    for body in ray.get(refs):
+        region = _mapping.region_at(_span(body["buffers"])[0]) if body["buffers"] else None
+        if region is not None and region.shared and region.device != memory:
+            warnings.warn(
+                f"{name} was put into a file on disk ({format_bytes(region.end - region.start)}), because this "
+                f"node's object store has no room left for it in memory. Workers share it all the same, at the "
+                f"disk's speed. Drop objects that are no longer needed first, or give ray.init a larger "
+                f"object_store_memory.",
+                ZeroCopyWarning,
+                stacklevel=4,
+            )
+            return
 
 
 def _check_room(name: str, nbytes: int) -> None:
@@ -193,10 +218,25 @@ def _rebuild(
     return model, importing, memory
 
 
-def fetched_spans(model_ref: ModelRef) -> list[tuple[int, int]]:
-    """Return address and length of the buffers of each of a model's objects, as Ray maps them here."""
-    bodies = _fetch(model_ref)
-    return [_span(body["buffers"])[:2] for body in bodies if body["buffers"]]
+def located(model_ref: ModelRef) -> list[tuple[_mapping.Location, int]]:
+    """Return where the buffers of each of a model's objects lie on this node, and how many bytes they span."""
+    found = []
+    for body in _fetch(model_ref):
+        if body["buffers"]:
+            begin, nbytes, _ = _span(body["buffers"])
+            place = _mapping.locate(begin)  # now: Ray may unmap an object that nobody holds
+            if place is not None:
+                found.append((place, nbytes))
+    return found
+
+
+def check_session(model_ref: ModelRef) -> None:
+    """Raise ModelLostError for a handle from another Ray session: Ray itself would wait, or fail obscurely."""
+    if not ray.is_initialized() or model_ref.session != _session():
+        raise ModelLostError(
+            f"{model_ref!r} is from another Ray session ({model_ref.session}); its model went with that session. "
+            f"Call prepare_model_for_actors again in this one."
+        )
 
 
 def _fetch(model_ref: ModelRef) -> list[dict[str, Any]]:
@@ -205,11 +245,7 @@ def _fetch(model_ref: ModelRef) -> list[dict[str, Any]]:
             f"a ModelRef is needed to load a model, not {type(model_ref).__module__}.{type(model_ref).__qualname__}. "
             f"Make one in the driver: model_ref = prepare_model_for_actors(model)."
         )
-    if not ray.is_initialized() or model_ref.session != _session():
-        raise ModelLostError(
-            f"{model_ref!r} is from another Ray session ({model_ref.session}); its model went with that session. "
-            f"Call prepare_model_for_actors again in this one."
-        )
+    check_session(model_ref)
     try:
         return ray.get(list(model_ref.refs))  # type: ignore[no-any-return]
     except (ray.exceptions.ObjectLostError, ray.exceptions.ReferenceCountingAssertionError) as error:
@@ -286,7 +322,7 @@ def _isolation_lost(reason: str, required: bool) -> None:
         warnings.warn(
             f"{message} Treat the model as read-only, or pass require_isolation=True to make this an error.",
             ZeroCopyWarning,
-            stacklevel=2,
+            stacklevel=7,  # to the line that called load_model_in_actor
         )
 
 

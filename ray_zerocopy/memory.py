@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import ray
+import ray.exceptions
 import torch
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from . import _graph, _mapping, actor
-from ._store import ModelRef, fetched_spans, format_bytes
+from ._store import ModelRef, check_session, format_bytes, located
+from .errors import ZeroCopyError
 
 __all__ = ["ModelMemory", "PoolMemory", "ProcessMemory", "location", "model_memory", "pool_memory"]
 
 
 # ---------------------------------------------------------------- of one object
+
+_byte_bounds = getattr(np.lib, "array_utils", np).byte_bounds  # where numpy 2 and numpy 1 have it
 
 
 def location(tensor: torch.Tensor) -> _mapping.Location | None:
@@ -60,44 +65,47 @@ def model_memory(model: object, *, largest: int = 10) -> ModelMemory:
         largest: How many of the largest private tensors to name.
 
     Returns:
-        The counts, each storage counted once, and pages of a loaded model that were written to as private.
-        Memory on a device is private.
+        The counts over tensors and numpy arrays, each byte counted once; pages of a loaded model that were written
+        to are private, and so is memory on a device and what a quantized layer has packed for the processor.
     """
-    path = ""
+    path = model.class_name if isinstance(model, ModelRef) else type(model).__qualname__
     if isinstance(model, ModelRef):
-        path, model = model.class_name, actor.load(model, "cpu").model
-    else:
-        path = type(model).__qualname__
-    shared = 0
-    own: list[tuple[str, int]] = []
+        model = actor.load(model, "cpu").model
+    private: list[tuple[str, int]] = []
+    ranges: list[tuple[int, int, str]] = []
     seen: set[int] = set()
-    for where, tensor in _graph.walk(model, path):
-        if isinstance(tensor, torch.ScriptObject):
-            packed = _graph.packed_bytes(tensor)
-            if packed:
-                own.append((where, packed))
-        if not isinstance(tensor, torch.Tensor):
-            continue
-        for part in _graph.components(tensor):
-            storage = part.untyped_storage()
-            if storage._cdata in seen or storage.nbytes() == 0:
-                continue
-            seen.add(storage._cdata)
-            private = _private_bytes(storage)
-            shared += storage.nbytes() - private
-            if private:
-                own.append((where, private))
-    own.sort(key=lambda item: -item[1])
-    return ModelMemory(shared, sum(nbytes for _, nbytes in own), tuple(own[:largest]))
+    for where, part in _graph.walk(model, path):
+        if isinstance(part, torch.ScriptObject):
+            private.append((where, _graph.packed_bytes(part)))
+        elif isinstance(part, np.ndarray) and part.nbytes and part.dtype != object:
+            low, high = _byte_bounds(part)
+            ranges.append((int(low), int(high), where))
+        elif isinstance(part, torch.Tensor):
+            for tensor in _graph.components(part):
+                storage = tensor.untyped_storage()
+                if storage.device.type == "cpu":
+                    ranges.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes(), where))
+                elif storage._cdata not in seen:
+                    seen.add(storage._cdata)
+                    private.append((where, storage.nbytes()))
+    shared = 0
+    end = 0
+    for begin, stop, where in sorted(ranges):
+        begin = max(begin, end)  # bytes that an earlier range has are counted
+        if stop > begin:
+            own = _private_bytes(begin, stop - begin)
+            shared += stop - begin - own
+            private.append((where, own))
+            end = stop
+    private = sorted((item for item in private if item[1]), key=lambda item: -item[1])
+    return ModelMemory(shared, sum(nbytes for _, nbytes in private), tuple(private[:largest]))
 
 
-def _private_bytes(storage: torch.UntypedStorage) -> int:
-    if storage.device.type != "cpu":
-        return storage.nbytes()
-    region = _mapping.region_at(storage.data_ptr())
+def _private_bytes(address: int, nbytes: int) -> int:
+    region = _mapping.region_at(address)
     if region is None or region.inode == 0:
-        return storage.nbytes()
-    return 0 if region.shared else _mapping.written_bytes(storage.data_ptr(), storage.nbytes())
+        return nbytes
+    return 0 if region.shared else _mapping.written_bytes(address, nbytes)
 
 
 # ---------------------------------------------------------------- of many processes
@@ -111,7 +119,7 @@ class ProcessMemory:
         node: The Ray node's id.
         pid: The process.
         name: Its title, as Ray sets it for actors: `ray::MapWorker(...)`.
-        mapped: Bytes of models it has mapped from the object store.
+        mapped: Bytes of models it has mapped from the object store, a model loaded twice counted once.
         pss: Proportional set size: private memory, and its share of what it has in common with others.
         private: Memory that no other process has mapped.
         model_private: The part of `mapped` that it has written to, and so has for itself.
@@ -133,10 +141,12 @@ class PoolMemory:
     Attributes:
         processes: One entry a process.
         stored: Bytes of the models that these processes map, each counted once a node.
+        dead: How many of the actors asked for have died.
     """
 
     processes: tuple[ProcessMemory, ...]
     stored: int
+    dead: int = 0
 
     @property
     def copies(self) -> int:
@@ -159,10 +169,12 @@ class PoolMemory:
             f"weights: {format_bytes(self.stored)} once in the object store; "
             f"{len(self.processes)} separate copies would take {format_bytes(self.copies)}"
         )
+        if self.dead:
+            lines.append(f"{self.dead} of the actors had died")
         return "\n".join(lines)
 
 
-def pool_memory(pool: ModelRef | Sequence[ActorHandle]) -> PoolMemory:
+def pool_memory(pool: ModelRef | ActorHandle | Iterable[ActorHandle]) -> PoolMemory:
     """Measure the memory of the processes that have loaded a model.
 
     Args:
@@ -175,19 +187,36 @@ def pool_memory(pool: ModelRef | Sequence[ActorHandle]) -> PoolMemory:
 
     Raises:
         TypeError: `pool` is neither.
+        ModelLostError: The handle is from another Ray session.
+        ZeroCopyError: Called with a handle through Ray Client.
     """
+    dead = 0
     if isinstance(pool, ModelRef):
+        check_session(pool)
+        if ray.util.client.ray.is_connected():
+            raise ZeroCopyError("pool_memory(model_ref) does not work through Ray Client: call it in a task.")
         located = ray.experimental.get_object_locations(list(pool.refs))
-        nodes = sorted({node for where in located.values() for node in where["node_ids"]})
-        measured = ray.get([_on_node(node).remote(pool) for node in nodes])
+        nodes = {node for where in located.values() for node in where["node_ids"]}
+        nodes.add(ray.get_runtime_context().get_node_id())  # Ray lists no place for an object in a file on disk
+        measured = ray.get([_on_node(node).remote(pool) for node in sorted(nodes)])
     else:
-        pool = list(pool)
-        if not all(isinstance(handle, ActorHandle) for handle in pool):
+        handles = list(pool) if isinstance(pool, Iterable) else [pool]
+        if not all(isinstance(handle, ActorHandle) for handle in handles):
             raise TypeError("pool_memory takes a ModelRef or actor handles, which ActorClass.remote() returns.")
-        measured = ray.get([handle.__ray_call__.remote(_measure_self) for handle in pool])
+        asked = [handle.__ray_call__.remote(_measure_self) for handle in handles]
+        measured = [answer for answer in map(_answer, asked) if answer is not None]
+        dead = len(handles) - len(measured)
     pairs = [pair for node in measured for pair in node]
     stored = {(process.node, *span) for process, spans in pairs for span in spans}
-    return PoolMemory(tuple(process for process, _ in pairs), sum(end - begin for *_, begin, end in stored))
+    nbytes = sum(end - begin for *_, begin, end in stored)
+    return PoolMemory(tuple(process for process, _ in pairs), nbytes, dead)
+
+
+def _answer(asked: ray.ObjectRef) -> Any:
+    try:
+        return ray.get(asked)
+    except ray.exceptions.RayActorError:
+        return None
 
 
 # Bytes [begin, end) of the file (device, inode) behind an object store.
@@ -203,7 +232,9 @@ def _on_node(node: str) -> Any:
 
 def _measure_node(model_ref: ModelRef) -> list[_Measured]:
     """Measure every process of this node that has a private view of the model's objects."""
-    wanted = _object_spans(model_ref)
+    wanted = [
+        (place.device, place.inode, place.offset, place.offset + nbytes) for place, nbytes in located(model_ref)
+    ]
     node = ray.get_runtime_context().get_node_id()
     found = []
     for entry in os.listdir("/proc"):
@@ -219,15 +250,6 @@ def _measure_node(model_ref: ModelRef) -> list[_Measured]:
 
 def _measure_self(_: object) -> list[_Measured]:
     return [_measure(ray.get_runtime_context().get_node_id(), os.getpid())]
-
-
-def _object_spans(model_ref: ModelRef) -> list[_Span]:
-    spans = []
-    for begin, nbytes in fetched_spans(model_ref):
-        first = _mapping.locate(begin)
-        if first is not None:
-            spans.append((first.device, first.inode, first.offset, first.offset + nbytes))
-    return spans
 
 
 def _overlap(span: _Span, others: list[_Span]) -> bool:
@@ -259,11 +281,12 @@ def _measure(node: str, pid: int) -> _Measured:
                 regions[-1][1][key] = int(value.split()[0]) * 1024
     spans = _model_spans(region for region, _ in regions)
     kept = set(spans)
-    mapped = own = 0
-    for region, sizes in regions:
-        if (region.device, region.inode, region.offset, region.offset + region.end - region.start) in kept:
-            mapped += region.end - region.start
-            own += sizes.get("Anonymous", 0)
+    mapped = sum(end - begin for *_, begin, end in spans)
+    own = sum(
+        sizes.get("Anonymous", 0)
+        for region, sizes in regions
+        if (region.device, region.inode, region.offset, region.offset + region.end - region.start) in kept
+    )
     with open(f"/proc/{pid}/smaps_rollup", encoding="utf-8") as file:
         rollup = dict(line.split(":") for line in file if line.endswith(" kB\n"))
     total = {key: int(value.split()[0]) * 1024 for key, value in rollup.items()}

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import inspect
 import itertools
 import logging
 import os
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import pyarrow as pa
 import torch
-from torch.utils import _pytree
 
 from . import actor
 from ._device import DeviceLike
 from ._store import Loaded, ModelRef, format_bytes
+from .arrow import tensor_to_column
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -44,9 +47,10 @@ class ZeroCopyPredictor:
        calls the model; its outputs move to the host; `postprocess` makes of them what Ray Data gets.
 
     Example:
+        >>> from ray_zerocopy.arrow import column_to_tensor
         >>> class Doubled(ZeroCopyPredictor):
         ...     def preprocess(self, batch):
-        ...         return torch.tensor(batch["x"].to_pylist())[:, None]
+        ...         return column_to_tensor(batch, "x")[:, None]
         ...
         ...     def postprocess(self, outputs, batch):
         ...         return batch.append_column("y", pa.array(outputs[:, 0].numpy()))
@@ -98,7 +102,7 @@ class ZeroCopyPredictor:
         )
 
     @classmethod
-    def using(cls, model_ref: ModelRef, **options: Any) -> type[Self]:
+    def using(cls, model_ref: ModelRef, /, **options: Any) -> type[Self]:
         """Return this class with its model and options bound, for `map_batches` to take as it is.
 
         Args:
@@ -118,24 +122,29 @@ class ZeroCopyPredictor:
                 f"{_name(cls)}.using needs a ModelRef, not {type(model_ref).__qualname__}. Make one with "
                 f"model_ref = prepare_model_for_actors(model)."
             )
+        signature = inspect.signature(cls)
+        accepts = signature.parameters.values()
+        # A constructor that takes the model gets it; one that does not finds it as the class attribute.
+        named = "model_ref" in signature.parameters or any(p.kind is p.VAR_KEYWORD for p in accepts)
+        bound = {"model_ref": model_ref, **options} if named else options
         try:
-            inspect.signature(cls).bind_partial(**options)
+            signature.bind(**bound)
         except TypeError as error:
             raise TypeError(f"{_name(cls)}.using: the constructor of {_name(cls)} {error}.") from None
+
+        def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+            given = signature.bind_partial(*args).arguments  # fn_constructor_args count more than what is bound
+            cls.__init__(self, *args, **{k: v for k, v in bound.items() if k not in given} | kwargs)
+
         members: dict[str, Any] = {
             "model_ref": model_ref,
+            "__init__": __init__,
             "__module__": cls.__module__,
             # Not the class's own: Ray Data tells the instances on an actor apart by it, and a chain may use one
             # class with two models. The operator shows __name__.
             "__qualname__": f"{cls.__qualname__}.using_{next(_bindings)}",
             "__doc__": cls.__doc__,
         }
-        if options:
-
-            def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-                cls.__init__(self, *args, **{**options, **kwargs})
-
-            members["__init__"] = __init__
         return types.new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(members))
 
     # ------------------------------------------------------------ for subclasses to write
@@ -249,14 +258,33 @@ def _is_pandas(value: Any) -> bool:
 
 
 def _to_device(values: Any, device: torch.device) -> Any:
-    """Return `values` with every tensor in it on `device`; what holds them keeps its type where it can."""
+    """Return `values` with every tensor in it on `device`; what holds tensors keeps its type.
 
-    def move(value: Any) -> Any:
-        return value.to(device) if isinstance(value, torch.Tensor) and value.device != device else value
-
-    if isinstance(values, Mapping) and not isinstance(values, dict):
-        return {key: _to_device(value, device) for key, value in values.items()}
-    return _pytree.tree_map(move, values)
+    Looks into lists, tuples, mappings and dataclasses; anything else is left as it is.
+    """
+    if isinstance(values, torch.Tensor):
+        return values if values.device == device else values.to(device)  # copy: a device has memory of its own
+    if isinstance(values, Mapping):
+        moved = {key: _to_device(value, device) for key, value in values.items()}
+        if all(moved[key] is value for key, value in values.items()):
+            return values
+        if type(values) is dict or not isinstance(values, MutableMapping):
+            return moved
+        result = copy.copy(values)
+        for key, value in moved.items():
+            result[key] = value
+        return result
+    if isinstance(values, (list, tuple)):
+        items = [_to_device(value, device) for value in values]
+        if all(new is old for new, old in zip(items, values, strict=True)):
+            return values
+        return type(values)(*items) if hasattr(values, "_fields") else type(values)(items)
+    if dataclasses.is_dataclass(values) and not isinstance(values, type):
+        fields = {f.name: getattr(values, f.name) for f in dataclasses.fields(values) if f.init}
+        changed = {key: _to_device(value, device) for key, value in fields.items()}
+        if any(changed[key] is not value for key, value in fields.items()):
+            return dataclasses.replace(values, **changed)
+    return values
 
 
 def _each_to_rows(parts: Iterator[Any], name: str) -> Iterator[Any]:
@@ -281,50 +309,34 @@ def _to_rows(rows: Any, name: str) -> Any:
             f"{name}.postprocess returned {_described(rows)}. Return a pyarrow.Table, or a mapping from column "
             f"name to array or tensor, such as {{'prediction': outputs}}."
         )
-    columns = {str(key): _to_column(value) for key, value in rows.items()}
-    lengths = {}
-    for key, column in columns.items():
-        if not hasattr(column, "__len__") or isinstance(column, str) or getattr(column, "ndim", 1) == 0:
-            raise TypeError(
-                f"{name}.postprocess returned {_described(column)} as column '{key}'. A column is an array, a "
-                f"tensor or a list with one entry a row."
-            )
-        lengths[key] = len(column)
-    if len(set(lengths.values())) > 1:
+    columns: dict[str, Any] = {}
+    for key, value in rows.items():
+        if str(key) in columns:
+            raise ValueError(f"{name}.postprocess returned two columns named '{key}'. Give each a name of its own.")
+        columns[str(key)] = _to_column(value, f"{name}.postprocess returned {_described(value)} as column '{key}'")
+    if len({len(column) for column in columns.values()}) > 1:
+        lengths = ", ".join(f"{key} has {len(column)}" for key, column in columns.items())
         raise ValueError(
-            f"{name}.postprocess returned columns of unequal length: "
-            f"{', '.join(f'{key} has {length}' for key, length in lengths.items())}. Every column needs one entry "
-            f"a row."
+            f"{name}.postprocess returned columns of unequal length: {lengths}. Every column needs one entry a row."
         )
+    return pa.table(columns)
+
+
+def _to_column(values: Any, what: str) -> Any:
+    if isinstance(values, (pa.Array, pa.ChunkedArray)):
+        return values
+    if isinstance(values, torch.Tensor) and values.ndim > 0:
+        return tensor_to_column(values)
+    if isinstance(values, list) and values and all(isinstance(value, torch.Tensor) for value in values):
+        return tensor_to_column(values) if values[0].ndim else tensor_to_column(torch.stack(values))
+    sequence = isinstance(values, (list, tuple, range)) or type(values).__name__ in ("Series", "Index")
+    if not (sequence or (isinstance(values, np.ndarray) and values.ndim > 0)):
+        raise TypeError(f"{what}. A column is an array, a tensor or a list with one entry a row.")
     from ray.data.block import BlockAccessor
 
-    arrow = {k: c for k, c in columns.items() if isinstance(c, (pa.Array, pa.ChunkedArray))}
-    table = BlockAccessor.batch_to_arrow_block({k: c for k, c in columns.items() if k not in arrow})
-    if not arrow:
-        return table
-    return pa.table({key: arrow[key] if key in arrow else table.column(key) for key in columns})
-
-
-_TO_FLOAT32 = frozenset(
-    getattr(torch, name)
-    for name in (
-        "bfloat16",
-        "float8_e4m3fn",
-        "float8_e5m2",
-        "float8_e4m3fnuz",
-        "float8_e5m2fnuz",
-        "float8_e8m0fnu",
-    )
-    if hasattr(torch, name)
-)
-
-
-def _to_column(values: Any) -> Any:
-    if not isinstance(values, torch.Tensor):
-        return values
-    values = values.detach().cpu().resolve_conj().resolve_neg()
-    # copy: numpy and Arrow have no such types; float32 holds every value of them
-    return values.to(torch.float32).numpy() if values.dtype in _TO_FLOAT32 else values.numpy()
+    return BlockAccessor.batch_to_arrow_block(
+        {"column": np.asarray(values) if not sequence else list(values)}
+    ).column(0)
 
 
 def _described(value: Any) -> str:

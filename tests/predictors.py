@@ -50,6 +50,14 @@ class Formats(AddOne):
                 return {"y": outputs[:, 0].to(torch.bfloat16), "m": outputs.expand(-1, 3)}
             case "fp8":
                 return {"y": outputs[:, 0].to(torch.float8_e4m3fn)}
+            case "bf16_list":
+                return {"y": [part.to(torch.bfloat16) for part in outputs[:, 0]]}
+            case "bytes":
+                return {"y": b"12345"}
+            case "mapping":
+                return {"y": {"a": 1}}
+            case "same_name":
+                return {1: outputs, "1": outputs}
             case "gradient":
                 with torch.inference_mode(False), torch.enable_grad():
                     scale = torch.ones(1, requires_grad=True)
@@ -97,3 +105,11 @@ class Overridden(AddOne):
 
     def predict(self, inputs: torch.Tensor) -> torch.Tensor:
         return self.model.forward(inputs) + 100
+
+
+class TakesModel(AddOne):
+    """Asks for the model by name, as one may write it."""
+
+    def __init__(self, model_ref: ModelRef, threads: int = 1) -> None:
+        super().__init__(model_ref)
+        self.threads = threads

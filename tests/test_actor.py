@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import collections
+import contextlib
 import copy
+import copyreg
+import functools
 import io
 import os
 import subprocess
@@ -24,6 +29,7 @@ from ray_zerocopy import (
     ZeroCopyError,
     _device,
     _graph,
+    _layout,
     _store,
     load_model_in_actor,
     memory,
@@ -207,6 +213,10 @@ def test_many_objects(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> Non
 # ---------------------------------------------------------------- bad input
 
 
+DEVNULL = open(os.devnull)
+atexit.register(DEVNULL.close)
+
+
 class Holder:
     def __init__(self, inner: Any) -> None:
         self.inner = inner
@@ -225,7 +235,7 @@ def lambda_with_lock() -> Any:
             lambda m: setattr(m, "config", {"a": [1, threading.Lock()]}),
             r"Sequential\.config\['a'\]\[1\] is a _thread",
         ),
-        (lambda m: setattr(m[0], "owner", Holder(open(os.devnull))), r"Sequential\.0\.owner\.inner is a _io\.TextIO"),
+        (lambda m: setattr(m[0], "owner", Holder(DEVNULL)), r"Sequential\.0\.owner\.inner is a _io\.TextIO"),
         (lambda m: setattr(m, "make", lambda_with_lock()), r"Sequential\.make\.<closure lock> is a _thread\.lock"),
         (lambda m: setattr(m, "steps", (i for i in range(3))), r"Sequential\.steps is a builtins\.generator"),
     ],
@@ -397,3 +407,126 @@ def test_walk_never_runs_a_property() -> None:
 
     found = [path for path, part in _graph.walk(Trap(), "trap") if isinstance(part, torch.Tensor)]
     assert found == ["trap.__hidden", "trap.seen[0]"]
+
+
+def test_memory_counts_arrays_and_hidden_places(ray_session: None) -> None:
+    """Numpy arrays, and tensors in deques and partials, are counted, and two tensors over one array once."""
+    array = np.zeros(500_000, dtype=np.float32)
+    pair = [torch.from_numpy(array), torch.from_numpy(array)]
+    hidden = {"deque": collections.deque([torch.zeros(1000)]), "partial": functools.partial(print, torch.zeros(500))}
+    source = {"pair": pair, "array": array[:2000], "other": np.ones(100_000), **hidden}
+    total = array.nbytes + 800_000 + 4000 + 2000
+    assert (memory.model_memory(source).shared, memory.model_memory(source).private) == (0, total)
+    loaded = load_model_in_actor(prepare_model_for_actors(source))
+    assert memory.model_memory(loaded).private == 0
+    loaded["other"][0] = 7
+    ((path, nbytes),) = memory.model_memory(loaded).largest_private
+    assert path == "dict['other']"
+    assert 0 < nbytes <= 4096
+
+
+def test_small_tensors_are_packed_in_pieces(ray_session: None) -> None:
+    """A model of small tensors only is packed piece by piece: no second copy of it in the driver at any time."""
+    source = [torch.full((1000,), float(i)) for i in range(10_000)]
+    pieces = [b for b in _layout.pack(_graph.take_apart(source).tensors).buffers if b.packed]
+    assert max(piece.nbytes for piece in pieces) <= max(0.04 * 40_000_000, 4 << 20)
+    ref = prepare_model_for_actors(source)
+    assert len(ref.refs) == len(pieces) > 5
+    assert all(torch.equal(a, b) for a, b in zip(source, load_model_in_actor(ref), strict=True))
+
+
+def exhaust_files(ref: ModelRef) -> tuple[int, str]:
+    """Load three hundred times under a limit of a hundred more files, then load with none left."""
+    import resource
+
+    used = len(os.listdir("/proc/self/fd"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 100, hard))
+    opened = []
+    try:
+        kept = [load_model_in_actor(ref) for _ in range(300)]
+        with contextlib.suppress(OSError):
+            while True:
+                opened.append(os.open("/dev/null", os.O_RDONLY))
+        try:
+            load_model_in_actor(ref)
+        except ZeroCopyError as error:
+            return len(kept), str(error)
+        return len(kept), ""
+    finally:
+        for fd in opened:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_loads_take_no_files(two_actors: list[Any]) -> None:
+    """Live loads hold no descriptors; and with none left a load is an error, never a load without isolation."""
+    loads, said = ray.get(two_actors[1].run.remote(exhaust_files, prepare_model_for_actors(nn.Linear(512, 512))))
+    assert loads == 300
+    assert "cannot map the model: Too many open files" in said
+
+
+def test_a_train_of_ones_own_is_not_called(ray_session: None) -> None:
+    """A class whose `train` is a training loop is put in eval mode by its flag."""
+
+    class Trainer(nn.Linear):
+        def train(self, dataset: Any = True) -> Any:
+            raise AssertionError("the training loop was run")
+
+    loaded = load_model_in_actor(prepare_model_for_actors(nn.Sequential(Trainer(2, 2))))
+    assert not loaded.training
+    assert not loaded[0].training
+
+
+def test_reducers_of_others_are_kept(ray_session: None) -> None:
+    """A reducer that somebody registered for a module's class is what pickles it."""
+
+    class Guarded(nn.Linear):
+        def __init__(self) -> None:
+            super().__init__(2, 2)
+            self.lock = threading.Lock()
+
+    copyreg.pickle(Guarded, lambda module: (nn.Linear, (module.in_features, module.out_features)))
+    try:
+        assert type(load_model_in_actor(prepare_model_for_actors(nn.Sequential(Guarded())))[0]) is nn.Linear
+    finally:
+        del copyreg.dispatch_table[Guarded]
+
+
+FULL_STORE = """
+import numpy as np, ray, torch, warnings
+ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=100_000_000, logging_level="error")
+from ray_zerocopy import prepare_model_for_actors, load_model_in_actor, memory, ZeroCopyWarning
+held = ray.put(np.ones(70_000_000, dtype=np.uint8))
+kept = ray.get(held)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    ref = prepare_model_for_actors(torch.nn.Linear(3500, 3500))
+said = [str(w.message) for w in caught if w.category is ZeroCopyWarning]
+assert len(said) == 1 and "Linear was put into a file on disk" in said[0], said
+loaded = load_model_in_actor(ref, require_isolation=True)
+assert len(memory.pool_memory(ref).processes) == 1, memory.pool_memory(ref)
+ray.shutdown()
+"""
+
+
+def test_a_full_store_is_said() -> None:
+    """A model that Ray puts into a file on disk, for want of room in memory, is a warning; it is isolated."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_STORE], capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_pool_memory_of_the_dead_and_the_foreign(ray_session: None) -> None:
+    """A dead actor is counted as dead, and a foreign handle is an error."""
+    ref = prepare_model_for_actors(nn.Linear(64, 64))
+    actors = [ray.remote(num_cpus=0.1)(KeepsModel).remote(ref) for _ in range(2)]
+    ray.get([actor.__ray_call__.remote(_pid) for actor in actors])
+    ray.kill(actors[0])
+    found = memory.pool_memory(actors)
+    assert len(found.processes) == found.dead == 1
+    assert "1 of the actors had died" in str(found)
+    assert len(memory.pool_memory(actors[1]).processes) == 1
+    with pytest.raises(ModelLostError, match="another Ray session"):
+        memory.pool_memory(ModelRef("Linear", 1, 1, 1, ref.refs, "old"))

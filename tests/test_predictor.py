@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 import ray
 import torch
-from predictors import AddOne, Formats, Keywords, NoPostprocess, NoPreprocess, Overridden, WithOptions
+from predictors import AddOne, Formats, Keywords, NoPostprocess, NoPreprocess, Overridden, TakesModel, WithOptions
 from ray.data import ActorPoolStrategy
 from torch import nn
 
@@ -71,6 +71,17 @@ def test_options_reach_the_constructor(model_ref: ModelRef) -> None:
     ds = numbers().map_batches(bound, batch_format="pyarrow", **POOL)
     assert column(ds, "y") == [2 * y for y in EXPECTED]
     assert all(column(ds, "inference"))
+
+
+def test_a_constructor_that_asks_for_the_model(model_ref: ModelRef) -> None:
+    """`using` gives the model to a constructor that takes it, by position or by name, and its options too."""
+    bound = TakesModel.using(model_ref, threads=3)
+    assert bound().threads == 3
+    assert bound(model_ref).threads == 3
+    assert bound(model_ref=model_ref, threads=4).threads == 4
+    assert bound.using(model_ref, threads=5)().threads == 5
+    with pytest.raises(TypeError, match="constructor of WithOptions missing a required argument: 'factor'"):
+        WithOptions.using(model_ref)
 
 
 def test_one_class_with_two_models(model_ref: ModelRef) -> None:
@@ -153,7 +164,7 @@ def predictor(form: str, model_ref: ModelRef) -> Formats:
 BATCH = {"x": np.arange(5)}
 
 
-@pytest.mark.parametrize("form", ["record_batch", "arrays", "bf16", "fp8", "gradient"])
+@pytest.mark.parametrize("form", ["record_batch", "arrays", "bf16", "bf16_list", "fp8", "gradient"])
 def test_forms_of_output(form: str, model_ref: ModelRef) -> None:
     """Tables, arrays, lists, and tensors that Ray Data would refuse come out as Arrow columns, exact."""
     rows = predictor(form, model_ref)(BATCH)
@@ -177,7 +188,10 @@ def test_forms_of_output_on_ray_data(model_ref: ModelRef) -> None:
         ("tensor", TypeError, r"Formats.postprocess returned a torch.Tensor of shape \(5, 1\).*mapping"),
         ("none", TypeError, "Formats.postprocess returned None"),
         ("unequal", ValueError, "unequal length: y has 5, short has 1"),
-        ("scalar", TypeError, r"numpy.ndarray of shape \(\) as column 'y'"),
+        ("scalar", TypeError, r"a torch.Tensor of shape \(\) as column 'y'"),
+        ("bytes", TypeError, "a builtins.bytes as column 'y'"),
+        ("mapping", TypeError, "a builtins.dict as column 'y'"),
+        ("same_name", ValueError, "two columns named '1'"),
     ],
 )
 def test_wrong_outputs(form: str, error: type[Exception], words: str, model_ref: ModelRef) -> None:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -56,6 +56,8 @@ ATOMS = [
 ]
 NOISE = np.random.default_rng(0).integers(0, 256, 4 * _layout.BUFFER_ALONE, dtype=np.uint8)
 GUARD = 0xEE
+# What is kept begins at such an address, as memory from malloc does, so that elements stay aligned in the store.
+GRANULE = 16
 
 
 class Node(nn.Module):
@@ -148,10 +150,10 @@ class Builder:
     def base(self, a: int, b: int, c: int) -> tuple[Any]:
         dtype = DTYPES[a % len(DTYPES)]
         sizes = [elements * dtype.itemsize for elements in ELEMENTS] + [NBYTES[0], *NBYTES[-3:]]
-        noise = torch.from_numpy(NOISE)[c : c + sizes[b % len(sizes)] // 16 * 16 or c + sizes[b % len(sizes)]].clone()
+        noise = torch.from_numpy(NOISE)[c : c + sizes[b % len(sizes)]].clone()
         if dtype is torch.bool:
             noise &= 1
-        flat = noise[: noise.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
+        flat = noise.view(dtype)
         rows = next(rows for rows in (4, 3, 2, 1) if flat.numel() % rows == 0)
         return (flat.view(rows, -1) if c % 2 and flat.numel() else flat,)
 
@@ -177,7 +179,7 @@ class Builder:
         elif c % 5 == 1 and array.size % 2 == 0:
             array = array.reshape(2, -1).T
         elif c % 5 == 2:
-            array = array[::2].copy()[::3]
+            array = np.arange(array.size, dtype=np.uint32)[::3]  # comes back contiguous
         if c % 3 == 0:
             array = array[...]
             array.flags.writeable = False
@@ -323,14 +325,22 @@ class Limits(NamedTuple):
     alone: int
     most: int
     smallest_array: int
+    pack: int = _layout.PACK_AT_LEAST
 
 
 limits = st.builds(
     Limits,
     st.sampled_from([_layout.BUFFER_ALONE, 4096, 64]),
-    st.sampled_from([1000, 2]),
-    st.sampled_from([4096, 512]),
+    st.sampled_from([_layout.MOST_BUFFERS, 2]),
+    st.sampled_from([_graph.SMALLEST_ARRAY, 512]),
+    st.sampled_from([_layout.PACK_AT_LEAST, 1024]),
 )
+
+# Found by these tests, and kept for good: an empty view before the only part of its storage that is kept; arrays
+# that begin within an element of one another; more large storages of one size than there may be buffers.
+EMPTY_BEFORE = [Step("base", 1, 10, 0, 0), Step("slice", 0, 4, 200), Step("slice", 1, 0, 0)]
+OUT_OF_STEP = [Step("from_numpy", 0, 1, 1), Step("from_numpy", 0, 2, 2)]
+ALL_ALIKE = [Step("base", 0, 8, 0)] * 4
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -385,13 +395,12 @@ def facts(root: object, flags: bool = True) -> list[Any]:
     storages: dict[int, int] = {}
     lines: list[Any] = []
     for part in parts:
-        holds = [(name, numbers.get(id(value), repr(value))) for name, value in held(part)]
+        holds = [(name, repr(x) if isinstance(x, _ATOMS) else numbers[id(x)]) for name, x in held(part)]
         line: list[Any] = [type(part), [pair for pair in holds if flags or pair[0] != "training"]]
         if isinstance(part, set):
             line += [sorted(part)]
         elif isinstance(part, np.ndarray):
-            contiguous = part.flags.c_contiguous or part.flags.f_contiguous
-            line += [part.dtype, part.shape, (part.strides, part.flags.writeable) if contiguous and part.size else ()]
+            line += [part.dtype, part.shape, (part.strides, part.flags.writeable) if part.dtype != np.uint32 else ()]
             line += [digest(part)]
         elif isinstance(part, torch.UntypedStorage):
             line += [storages.setdefault(part._cdata, len(storages)), digest(bytes_of(part))]
@@ -454,7 +463,7 @@ def extents(root: object, smallest_array: int) -> list[tuple[int, int]]:
         low -= (low - begin) % _layout.ALIGNMENT
         ranges.append((low, high) if 2 * (high - low) <= end - begin else (begin, end))
     merged: list[tuple[int, int]] = []
-    for begin, end in sorted(ranges):
+    for begin, end in sorted((begin - begin % GRANULE, end) for begin, end in ranges):
         if merged and begin < merged[-1][1]:
             merged[-1] = merged[-1][0], max(merged[-1][1], end)
         else:
@@ -498,36 +507,39 @@ class Store:
         return bool((np.frombuffer(self.memory, dtype=np.uint8)[self.free] == GUARD).all())
 
 
-def travel(root: object, keep_flags: bool, gap: int) -> tuple[Any, Store, _layout.Packed]:
+def travel(root: object, keep_flags: bool, gap: int) -> tuple[Any, Store]:
     """Take a graph apart, send it through pickle and a stand-in for the store, and put it together."""
     parts = _graph.take_apart(root)
     packed = _layout.pack(parts.tensors, parts.arrays)
-    store = Store(packed.buffers, gap)
+    store = Store([buffer.memory() for buffer in packed.buffers], gap)
     layout, skeleton = pickle.loads(pickle.dumps((packed.layout, parts.skeleton), protocol=5))
     tensors = _layout.unpack(layout, store.buffers, keep_flags=keep_flags)
     arrays = _layout.unpack_arrays(layout, store.buffers)
     loaded, seconds = _graph.put_together(skeleton, tensors, arrays, keep_flags=keep_flags)
     assert seconds >= 0
-    return loaded, store, packed
+    return loaded, store
 
 
 def with_limits(limits: Limits, check: Callable[[], None]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_layout, "BUFFER_ALONE", limits.alone)
         patch.setattr(_layout, "MOST_BUFFERS", limits.most)
+        patch.setattr(_layout, "PACK_AT_LEAST", limits.pack)
         patch.setattr(_graph, "SMALLEST_ARRAY", limits.smallest_array)
         check()
 
 
 @settings(reproducible, max_examples=2000)
 @given(programs, limits, st.integers(0, 3), number)
+@example(EMPTY_BEFORE, Limits(4096, 1000, 4096), 0, 0)
+@example(OUT_OF_STEP, Limits(4096, 1000, 4096), 0, 0)
 def test_round_trip(program: list[Step], limits: Limits, gap: int, chosen: int) -> None:
     """A graph comes back bit for bit over the store's own bytes, and a write through one tensor shows in the same."""
 
     def check() -> None:
         source = Builder(program).root
         before = facts(source)
-        loaded, store, _ = travel(source, keep_flags=True, gap=gap)
+        loaded, store = travel(source, keep_flags=True, gap=gap)
         assert facts(source) == before
         assert facts(loaded) == before
 
@@ -537,7 +549,7 @@ def test_round_trip(program: list[Step], limits: Limits, gap: int, chosen: int) 
                 assert store.begin <= copy.data_ptr() < store.end
                 assert original.data_ptr() % original.element_size() or copy.data_ptr() % copy.element_size() == 0
 
-        again, _, _ = travel(loaded, keep_flags=True, gap=gap)
+        again, _ = travel(loaded, keep_flags=True, gap=gap)
         full = [number for number, tensor in enumerate(originals) if tensor.numel()]
         if full:
             number = full[chosen % len(full)]
@@ -555,8 +567,9 @@ def test_round_trip(program: list[Step], limits: Limits, gap: int, chosen: int) 
 
 @settings(reproducible, max_examples=2000)
 @given(programs, limits)
+@example(ALL_ALIKE, Limits(64, 2, 4096))
 def test_keeps_every_byte_once(program: list[Step], limits: Limits) -> None:
-    """The buffers are the union of what storages and arrays need, and its large pieces are the source's own memory."""
+    """The buffers are the union of what storages and arrays need, and large pieces are the source's own memory."""
 
     def check() -> None:
         source = Builder(program).root
@@ -564,19 +577,24 @@ def test_keeps_every_byte_once(program: list[Step], limits: Limits) -> None:
         packed = _layout.pack(parts.tensors, parts.arrays)
         needed = extents(source, limits.smallest_array)
         assert packed.layout.buffers == [buffer.nbytes for buffer in packed.buffers]
+        assert packed.layout.buffers == [buffer.memory().nbytes for buffer in packed.buffers]
 
-        owned = {(address_of(buffer), address_of(buffer) + buffer.nbytes) for buffer in packed.buffers}
-        alone = [extent for extent in needed if extent in owned]
-        rest = [extent for extent in needed if extent not in owned]
-        assert len(packed.buffers) == len(alone) + bool(rest)
+        starts = [(address_of(buffer.memory()), buffer.nbytes) for buffer in packed.buffers if not buffer.packed]
+        alone = [(begin, begin + nbytes) for begin, nbytes in starts]
+        rest = [extent for extent in needed if extent not in alone]
+        assert sorted(alone + rest) == needed
         assert len(alone) <= limits.most
-        small = sum(aligned(end - begin) for begin, end in rest)
-        assert packed.copied == small
-        assert sum(packed.layout.buffers) == small + sum(end - begin for begin, end in alone)
         assert all(end - begin >= limits.alone for begin, end in alone)
         if rest:
             largest = max(end - begin for begin, end in rest)
             assert largest < limits.alone or len(alone) == limits.most
+
+        packs = [buffer for buffer in packed.buffers if buffer.packed]
+        assert sum(buffer.nbytes for buffer in packs) == sum(aligned(end - begin) for begin, end in rest)
+        total = sum(end - begin for begin, end in needed)
+        most = aligned(max(limits.pack, int(_layout.PACK_SHARE * total)))
+        assert all(buffer.nbytes <= most or len(buffer.parts) == 1 for buffer in packs)
+        assert packed.copied == 0
 
     with_limits(limits, check)
 
@@ -586,7 +604,7 @@ def test_keeps_every_byte_once(program: list[Step], limits: Limits) -> None:
 def test_loads_in_eval_mode(program: list[Step]) -> None:
     """Without flags, nothing trains or requires a gradient, and all else is as in the source."""
     source = Builder(program).root
-    loaded, _, _ = travel(source, keep_flags=False, gap=0)
+    loaded, _ = travel(source, keep_flags=False, gap=0)
     assert facts(loaded, flags=False) == facts(source, flags=False)
     assert not any(tensor.requires_grad for tensor in tensors_of(loaded))
     assert not any(part.training for part in reachable(loaded) if isinstance(part, nn.Module))
