@@ -27,9 +27,11 @@ from __future__ import annotations
 import collections
 import copyreg
 import functools
+import gc
 import inspect
 import io
 import pickle
+import sys
 import time
 import types
 from collections.abc import Callable, Iterator, Sequence
@@ -132,7 +134,7 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
             self.modules.append(obj)
             if isinstance(obj, torch.jit.ScriptModule):
                 return _script.reduce_script(obj)
-            if "parametrizations" in obj.__dict__["_modules"] and parametrize.is_parametrized(obj):
+            if "parametrizations" in obj.__dict__.get("_modules", ()) and parametrize.is_parametrized(obj):
                 return _reduce_parametrized(obj)
             if kind not in self.dispatch_table and _has_plain_state(kind):
                 return _new, (kind,), _state_of(kind, obj), None, None, _set_state
@@ -412,9 +414,15 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         begin = time.perf_counter()
+        # An import makes garbage by the million; put off, collecting it would look like a slow load.
+        collecting = module in sys.modules or gc.isenabled()
+        if not collecting:
+            gc.enable()
         try:
             return super().find_class(module, name)
         finally:
+            if not collecting:
+                gc.disable()
             self.import_seconds += time.perf_counter() - begin
 
     def persistent_load(self, pid: Any) -> Any:

@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,7 @@ def lambda_with_lock() -> Any:
         ),
         (lambda m: setattr(m[0], "owner", Holder(DEVNULL)), r"Sequential\.0\.owner\.inner is a _io\.TextIO"),
         (lambda m: setattr(m, "make", lambda_with_lock()), r"Sequential\.make\.<closure lock> is a _thread\.lock"),
+        (lambda m: setattr(m[0], "owner", weakref.ref(m)), r"Sequential\.0\.owner is a weakref\.ReferenceType"),
         (lambda m: setattr(m, "steps", (i for i in range(3))), r"Sequential\.steps is a builtins\.generator"),
     ],
 )
