@@ -47,9 +47,7 @@ __all__ = ["Parts", "children", "components", "follow", "packed_bytes", "put_tog
 
 Tensor = torch.Tensor
 Parameter = torch.nn.Parameter
-_BARE_TYPES = frozenset([Tensor, Parameter])
 _new = copyreg.__newobj__  # type: ignore[attr-defined]  # pickle has an opcode for it
-_STORAGE_TYPES = frozenset([torch.UntypedStorage, torch.storage.TypedStorage])
 
 # An array (numpy's, Arrow's) of fewer bytes than this stays in the skeleton: a buffer of its own costs more.
 SMALLEST_ARRAY = 4096
@@ -83,7 +81,7 @@ def take_apart(obj: object, leave_out: tuple[type, ...] = (), objects: Sequence[
         pickler.dump(obj)
         # A second pickle in the same stream, with the same memo: which of the objects just pickled must be
         # touched to give eval mode and requires_grad=False.
-        pickler.dump((*_in_training(pickler.modules), pickler.flagged))
+        pickler.dump((*_in_training(pickler.modules), pickler.flagged, pickler.opaque))
     except Exception as error:
         raise _unpicklable(obj, leave_out, objects, error) from error
     return Parts(stream.getvalue(), pickler.tensors, pickler.arrays, pickler.carried)
@@ -105,25 +103,44 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
         self.carried: list[Any] = []
         self.modules: list[torch.nn.Module] = []
         self.flagged: list[Tensor] = []
+        self.opaque: list[torch.nn.Module] = []
         self._numbers: dict[int, int] = {}
         self._alive: list[object] = []
+        self._unknown = self._meet
+        self._identify: dict[type, Callable[[Any], Any] | None] = {
+            Tensor: self._plain_id,
+            Parameter: self._plain_id,
+            torch.UntypedStorage: self._storage_id,
+            torch.storage.TypedStorage: self._storage_id,
+            _script.Asked: lambda _: ("keep_flags",),
+        }
 
     def persistent_id(self, obj: Any) -> Any:
+        # Called for every object of the graph, strings and all: one lookup decides for nearly all of them.
+        identify = self._identify.get(type(obj), self._unknown)
+        return identify(obj) if identify is not None else None
+
+    def _meet(self, obj: Any) -> Any:
+        """Decide for a type that has not been met before."""
         kind = type(obj)
-        if kind in _BARE_TYPES:
-            if _is_plain(obj):
-                return self._number(obj, obj)
-        elif kind in _STORAGE_TYPES:
-            return self._storage_id(obj)
-        elif kind is _script.Asked:
-            return ("keep_flags",)
-        elif isinstance(obj, self.leave_out) or id(obj) in self.objects:
-            number = self._numbers.get(id(obj))
-            if number is None:
-                number = self._numbers[id(obj)] = len(self.carried)
-                self.carried.append(obj)
-            return ("carried", number)
-        return None
+        identify = self._carried_id if issubclass(kind, self.leave_out) else None
+        if identify is None and self.objects:
+            identify = self._carried_id_if_named
+        self._identify[kind] = identify
+        return identify(obj) if identify is not None else None
+
+    def _plain_id(self, tensor: Tensor) -> Any:
+        return self._number(tensor, tensor) if _is_plain(tensor) else None
+
+    def _carried_id(self, obj: Any) -> Any:
+        number = self._numbers.get(id(obj))
+        if number is None:
+            number = self._numbers[id(obj)] = len(self.carried)
+            self.carried.append(obj)
+        return ("carried", number)
+
+    def _carried_id_if_named(self, obj: Any) -> Any:
+        return self._carried_id(obj) if id(obj) in self.objects else None
 
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
@@ -136,8 +153,13 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
                 return _script.reduce_script(obj)
             if "parametrizations" in obj.__dict__.get("_modules", ()) and parametrize.is_parametrized(obj):
                 return _reduce_parametrized(obj)
-            if kind not in self.dispatch_table and _has_plain_state(kind):
+            if kind in self.dispatch_table or not _has_default_reduce(kind):
+                self.opaque.append(obj)
+            elif _has_plain_state(kind):
                 return _new, (kind,), _state_of(kind, obj), None, None, _set_state
+            elif isinstance(state := _state_of(kind, obj), tuple) and not hasattr(kind, "__getnewargs__"):
+                # torch's quantized convolutions: their __setstate__ wants a module that has been initialized.
+                return _new_initialized, (kind,), state
         elif issubclass(kind, Tensor):
             self.flagged.append(obj)
             if _is_decorated(obj):
@@ -179,13 +201,21 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
         return small
 
 
+def _has_default_reduce(kind: Any) -> bool:
+    return kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__
+
+
+def _new_initialized(kind: type[torch.nn.Module]) -> torch.nn.Module:
+    module: torch.nn.Module = object.__new__(kind)
+    torch.nn.Module.__init__(module)
+    return module
+
+
 def _has_plain_state(kind: type[torch.nn.Module]) -> bool:
     """Tell whether a module of this class is its `__dict__` and nothing else, as torch pickles it."""
     return (
         kind.__setstate__ is torch.nn.Module.__setstate__
         and getattr(kind, "__getstate__", None) is getattr(torch.nn.Module, "__getstate__", None)
-        and kind.__reduce_ex__ is object.__reduce_ex__
-        and kind.__reduce__ is object.__reduce__
         and kind.__new__ is object.__new__
         and not hasattr(kind, "__slots__")
     )
@@ -230,7 +260,7 @@ def _reduce_parametrized(module: torch.nn.Module) -> Any:
 
 
 def _new_parametrized(kind: type[torch.nn.Module], names: tuple[str, ...]) -> torch.nn.Module:
-    module = kind.__new__(kind)
+    module: torch.nn.Module = object.__new__(kind)
     parametrize._inject_new_class(module)
     for name in names:
         object.__setattr__(module, "__dict__", {"_parameters": {}, "_buffers": {}, "_modules": {}})
@@ -277,9 +307,11 @@ def components(tensor: Tensor) -> Iterator[Tensor]:
 
 def packed_bytes(obj: torch.ScriptObject) -> int:
     """Return the bytes of the weights that a quantized layer has packed for the processor, and owns."""
-    if not hasattr(obj, "unpack"):
+    try:
+        parts = obj.unpack() if hasattr(obj, "unpack") else obj.__getstate__()
+    except RuntimeError:
         return 0
-    return sum(part.untyped_storage().nbytes() for part in obj.unpack() if isinstance(part, Tensor))
+    return sum(part.untyped_storage().nbytes() for part in _script.within(parts))
 
 
 def _is_decorated(tensor: Tensor) -> bool:
@@ -317,7 +349,8 @@ def _reduce_quantized(tensor: Tensor) -> Any:
     else:
         return NotImplemented
     place = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride())
-    return _rebuild_quantized, (tensor.untyped_storage(), tensor.dtype, place, quantizer)
+    arguments = (tensor.untyped_storage(), tensor.dtype, place, quantizer)
+    return _rebuild_quantized, arguments, dict(tensor.__dict__), None, None, _set_attributes
 
 
 def _rebuild_quantized(
@@ -350,6 +383,10 @@ def _in_training(modules: list[torch.nn.Module]) -> tuple[list[torch.nn.Module],
 
     The latter where some class means something else by `train` than torch does, such as a training loop.
     """
+    # TorchScript's own flags are cleared in its archive.
+    modules = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
+    if not any(map(_trains, modules)):
+        return [], []
     below = {id(child) for module in modules for child in module.children()}
     roots, single = [], []
     for root in modules:
@@ -394,12 +431,14 @@ def put_together(
     unpickler.carried = carried
     unpickler.keep_flags = keep_flags
     obj = unpickler.load()
-    roots, single, flagged = unpickler.load()
+    roots, single, flagged, opaque = unpickler.load()
     if not keep_flags:
         for root in roots:
             root.eval()
         for module in single:
             module.training = False
+        for module in opaque:  # a __reduce__ of its own built it anew, and knows of no flags
+            module.eval().requires_grad_(False)
         for tensor in flagged:
             if tensor.requires_grad and not torch.nn.parameter.is_lazy(tensor):
                 tensor.requires_grad_(False)
@@ -457,19 +496,21 @@ def children(obj: object) -> Iterator[tuple[str, Any]]:
         yield from ((".func", obj.func), (".args", obj.args), (".keywords", obj.keywords))
     elif isinstance(obj, types.MethodType):
         yield ".__self__", obj.__self__
-    elif getattr(obj, "__closure__", None):
-        names = obj.__code__.co_freevars  # type: ignore[attr-defined]
-        for name, cell in zip(names, obj.__closure__, strict=True):  # type: ignore[attr-defined]
+    elif isinstance(obj, types.FunctionType):
+        for name, cell in zip(obj.__code__.co_freevars, obj.__closure__ or (), strict=True):
             try:
                 yield f".<closure {name}>", cell.cell_contents
             except ValueError:
                 continue
-    if isinstance(obj, (type, type(torch))):
+    if isinstance(obj, (type, type(torch), torch.fx.Graph)):  # a graph's tensors are fake ones
         return
-    if isinstance(obj, torch.jit.ScriptModule):
+    if isinstance(obj, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
         yield from _script.named_tensors(obj)
         return
-    attributes = getattr(obj, "__dict__", None)
+    try:
+        attributes = object.__getattribute__(obj, "__dict__")  # not what a __getattr__ or a proxy answers
+    except AttributeError:
+        attributes = None
     if isinstance(attributes, dict):
         of_module = isinstance(obj, torch.nn.Module)
         for name, value in list(attributes.items()):
@@ -478,19 +519,19 @@ def children(obj: object) -> Iterator[tuple[str, Any]]:
             else:
                 yield f".{name}", value
     for kind in type(obj).__mro__:
-        slots = kind.__dict__.get("__slots__", ())
-        for name in (slots,) if isinstance(slots, str) else slots:
-            if name in ("__dict__", "__weakref__"):
-                continue
-            try:
-                yield f".{name}", object.__getattribute__(obj, _mangled(kind, name))
-            except AttributeError:
-                continue
+        if "__slots__" not in kind.__dict__:
+            continue
+        for name, slot in kind.__dict__.items():
+            if isinstance(slot, types.MemberDescriptorType):
+                try:
+                    yield f".{_unmangled(kind, name)}", slot.__get__(obj)
+                except AttributeError:  # never set
+                    continue
 
 
-def _mangled(kind: type, name: str) -> str:
-    private = name.startswith("__") and not name.endswith("__")
-    return f"_{kind.__name__.lstrip('_')}{name}" if private else name
+def _unmangled(kind: type, name: str) -> str:
+    prefix = f"_{kind.__name__.lstrip('_')}__"
+    return name[len(prefix) - 2 :] if name.startswith(prefix) else name
 
 
 _LEAVES = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size)
@@ -537,6 +578,11 @@ def _unpicklable(obj: object, leave_out: tuple[type, ...], objects: Sequence[obj
     path, culprit, reason = _deepest(obj, fails, error)
     where = f"{type(obj).__qualname__}{path}" if path else type(obj).__qualname__
     kind = f"{type(culprit).__module__}.{type(culprit).__qualname__}"
+    if "._guards_fn." in path:
+        return TypeError(
+            f"{where.split('._guards_fn')[0].rpartition('>.')[2]} is what torch.export's module() gives, which torch "
+            f"cannot pickle. Share the ExportedProgram itself, and call its module() in the worker."
+        )
     if len(where) > 300:
         where = f"{where[:100]} ... {where[-150:]}"
     return TypeError(

@@ -41,7 +41,16 @@ import torch
 from torch.jit import ScriptFunction, ScriptModule
 from torch.jit._script import OrderedModuleDict, RecursiveScriptModule
 
-__all__ = ["KEEP_FLAGS", "Asked", "Script", "baked_bytes", "named_tensors", "rebuild_script", "reduce_script"]
+__all__ = [
+    "KEEP_FLAGS",
+    "Asked",
+    "Script",
+    "baked_bytes",
+    "named_tensors",
+    "rebuild_script",
+    "reduce_script",
+    "within",
+]
 
 Tensor = torch.Tensor
 
@@ -191,18 +200,36 @@ def _archive(records: dict[str, bytes]) -> bytes:
 
 
 def _without_flags(data: bytes) -> bytes:
-    """Return a pickle of TorchScript objects in which no tensor requires a gradient.
+    """Return a pickle of TorchScript objects in which no tensor requires a gradient and no module trains.
 
-    A tensor is a storage (by persistent id), numbers, and then requires_grad: the first bool that follows.
+    A tensor is a storage (a persistent id, or the memo of one), numbers, and then requires_grad: the first bool
+    that follows. A module has a bool after the word training.
     """
     changed = bytearray(data)
-    after_storage = False
-    for opcode, _, position in pickletools.genops(data):
-        if opcode.name == "BINPERSID":
-            after_storage = True
-        elif after_storage and opcode.name in ("NEWTRUE", "NEWFALSE"):
-            changed[position or 0] = 0x89  # NEWFALSE
-            after_storage = False
+    storages: set[Any] = set()  # memo slots
+    words: set[Any] = set()
+    last = ""
+    wanted = False
+    for opcode, argument, position in pickletools.genops(data):
+        name = opcode.name
+        if name in ("BINPUT", "LONG_BINPUT"):
+            if last == "storage":
+                storages.add(argument)
+            elif last == "word":
+                words.add(argument)
+            continue
+        fetched = name in ("BINGET", "LONG_BINGET")
+        if name == "BINPERSID" or (fetched and argument in storages):
+            last, wanted = "storage", True
+        elif argument == "training" or (fetched and argument in words):
+            last, wanted = "word", True
+        elif name in ("NEWTRUE", "NEWFALSE"):
+            if wanted:
+                changed[position or 0] = 0x89  # NEWFALSE
+            last, wanted = "", False
+        else:
+            wanted = wanted and last == "storage"  # the word's bool follows at once
+            last = last if wanted else ""
     return bytes(changed)
 
 
@@ -221,21 +248,22 @@ def _tensors(cpp: Any) -> Iterator[Tensor]:
         attributes: Any = torch._C.ConcreteModuleType.from_jit_type(module._type()).get_attributes()  # type: ignore[attr-defined]
         for name, (kind, _) in attributes.items():
             if kind.kind() not in _WITHOUT_TENSORS:
-                yield from _within(module.getattr(name))
+                yield from within(module.getattr(name))
 
 
 _WITHOUT_TENSORS = frozenset(("BoolType", "IntType", "FloatType", "StringType", "NoneType", "DeviceObjType"))
 
 
-def _within(value: object) -> Iterator[Tensor]:
+def within(value: object) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists, tuples, dicts and C++ modules."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
         for held in value.values():
-            yield from _within(held)
+            yield from within(held)
     elif isinstance(value, (list, tuple)):
         for held in value:
-            yield from _within(held)
+            yield from within(held)
     elif isinstance(value, torch._C.ScriptModule):
         yield from _tensors(value)
 
@@ -254,7 +282,7 @@ def _constants(cpp: Any) -> Iterator[tuple[Tensor, bool]]:
                 (node.output(), tensor)
                 for node in graph.findAllNodes("prim::Constant")
                 if node.hasAttribute("value") and node.kindOf("value") in ("t", "ts", "ival")
-                for tensor in _within(getattr(node, node.kindOf("value"))("value"))
+                for tensor in within(getattr(node, node.kindOf("value"))("value"))
             ]
             if held:
                 aliases = graph.alias_db()
@@ -405,22 +433,25 @@ def _as_function(cpp: Any, name: str) -> Any:
 def baked_bytes(module: ScriptModule | ScriptFunction[Any, Any]) -> int:
     """Return the bytes of the distinct storages in the graphs of a module: weights that are in no `state_dict`."""
     if isinstance(module, ScriptFunction):
-        graph: Any = module.inlined_graph
-        nodes = graph.findAllNodes("prim::Constant")
-        found = [
-            tensor
-            for node in nodes
-            if node.hasAttribute("value") and node.kindOf("value") in ("t", "ts", "ival")
-            for tensor in _within(getattr(node, node.kindOf("value"))("value"))
-        ]
+        found = list(_function_constants(module))
     else:
         found = [tensor for tensor, _ in _constants(module._c)]
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in found if torch._C._has_storage(t)}
     return sum(storages.values())
 
 
-def named_tensors(module: ScriptModule) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a module with paths: parameters and buffers, other attributes, graph constants."""
+def _function_constants(function: ScriptFunction[Any, Any]) -> Iterator[Tensor]:
+    graph: Any = function.inlined_graph
+    for node in graph.findAllNodes("prim::Constant"):
+        if node.hasAttribute("value") and node.kindOf("value") in ("t", "ts", "ival"):
+            yield from within(getattr(node, node.kindOf("value"))("value"))
+
+
+def named_tensors(module: ScriptModule | ScriptFunction[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield what has bytes, with paths: parameters, buffers, other attributes, packed weights, graph constants."""
+    if isinstance(module, ScriptFunction):
+        yield from ((".<constant in its graph>", tensor) for tensor in _function_constants(module))
+        return
     seen: set[int] = set()
     named = [*module.named_parameters(), *module.named_buffers()]
     for name, tensor in named:
@@ -430,5 +461,10 @@ def named_tensors(module: ScriptModule) -> Iterator[tuple[str, Tensor]]:
         if tensor._cdata not in seen:
             seen.add(tensor._cdata)
             yield ".<attribute>", tensor
+    for part in _modules(module._c):
+        attributes: Any = torch._C.ConcreteModuleType.from_jit_type(part._type()).get_attributes()  # type: ignore[attr-defined]
+        for name, (kind, _) in attributes.items():
+            if kind.kind() == "ClassType" and isinstance(value := part.getattr(name), torch.ScriptObject):
+                yield f".<{name}>", value
     for tensor, _ in _constants(module._c):
         yield ".<constant in its graph>", tensor

@@ -148,7 +148,7 @@ def _warn_if_on_disk(name: str, refs: list[ray.ObjectRef]) -> None:
         return
     memory = os.stat("/dev/shm").st_dev
     for body in ray.get(refs):
-        region = _mapping.region_at(_span(body["buffers"])[0]) if body["buffers"] else None
+        region = _mapping.region_at(_span(body["buffers"][:1])[0]) if body["buffers"] else None
         if region is not None and region.shared and region.device != memory:
             warnings.warn(
                 f"{name} was put into a file on disk ({format_bytes(region.end - region.start)}), because this "
@@ -161,10 +161,15 @@ def _warn_if_on_disk(name: str, refs: list[ray.ObjectRef]) -> None:
             return
 
 
+_capacities: dict[str, float] = {}  # by node; a node's never changes
+
+
 def _check_room(name: str, nbytes: int) -> None:
     """Refuse a model that the store cannot hold: Ray would put it into a file on disk without a word."""
     node = ray.get_runtime_context().get_node_id()
-    capacity = next((n["Resources"].get("object_store_memory", 0) for n in ray.nodes() if n["NodeID"] == node), None)
+    if node not in _capacities:
+        _capacities.update((n["NodeID"], n["Resources"].get("object_store_memory", 0)) for n in ray.nodes())
+    capacity = _capacities.get(node)
     if capacity is not None and nbytes > capacity:
         raise ZeroCopyError(
             f"{name} has {format_bytes(nbytes)} to share, but the object store of this node holds "

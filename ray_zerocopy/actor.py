@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import pickle
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
 import torch
 
-from . import _graph, _store
+from . import _graph, _layout, _store
 from ._device import DeviceLike, resolve
 from ._store import Loaded, ModelRef
 
@@ -90,13 +91,25 @@ def load_model_in_actor(
         >>> load_model_in_actor(model_ref).training
         False
     """
-    return load(model_ref, device, keep_flags=keep_flags, require_isolation=require_isolation).model
+    model = load(model_ref, device, keep_flags=keep_flags, require_isolation=require_isolation).model
+    if isinstance(model, _Models):
+        raise TypeError(f"{model_ref!r} is of a pipeline: load it with load_pipeline_in_actor(skeleton, refs).")
+    return model
 
 
 # ---------------------------------------------------------------- pipelines
 
 
-@dataclass(frozen=True)
+class _Models(NamedTuple):
+    """What is shared of a pipeline; `token` says which skeleton it belongs to."""
+
+    token: str
+    models: list[Any]
+    tensors: list[torch.Tensor]
+    arrays: list[Any]
+
+
+@dataclass(frozen=True, eq=False)
 class PipelineSkeleton:
     """A pipeline without its models: small, picklable, to be passed to workers beside the `refs`.
 
@@ -107,11 +120,13 @@ class PipelineSkeleton:
 
     class_name: str
     models: tuple[str, ...]
+    _token: str
     _stream: bytes
-    _rest: tuple[Any, ...]
+    _rest: tuple[_layout.Layout, list[bytes]] | None
 
     def __repr__(self) -> str:
-        size = _store.format_bytes(len(self._stream))
+        rest = sum(map(len, self._rest[1])) if self._rest else 0
+        size = _store.format_bytes(len(self._stream) + rest)
         return f"PipelineSkeleton({self.class_name} without {', '.join(self.models)}; {size})"
 
 
@@ -151,17 +166,21 @@ def rewrite_pipeline_for_actors(
     found = find_models(pipeline)
     if not found:
         raise ValueError(f"{name} has no models in it to share. Any other object goes to workers as it is.")
+    token = uuid.uuid4().hex
+    rest = None
     if model_attr_names is None:
         parts = _graph.take_apart(pipeline, leave_out=MODEL_TYPES)
-        shared: Any = (parts.carried, parts.tensors, [_as_array(array) for array in parts.arrays])
-        rest: tuple[Any, ...] = ()
+        shared = _Models(token, parts.carried, parts.tensors, [_as_array(array) for array in parts.arrays])
+        kept = {id(model) for model in parts.carried}
+        found = [(path, model) for path, model in found if id(model) in kept]  # a __getstate__ may drop some
     else:
         found = _named(pipeline, model_attr_names, found)
         parts = _graph.take_apart(pipeline, objects=[model for _, model in found])
-        shared = (parts.carried, [], [])
-        rest = (parts.tensors, [_as_array(array).copy() for array in parts.arrays])
+        shared = _Models(token, parts.carried, [], [])
+        packed = _layout.pack(parts.tensors, parts.arrays)
+        rest = (packed.layout, [bytes(buffer.memory()) for buffer in packed.buffers])  # copy: not to be shared
     refs = _store.put(shared, name=f"models of {name}")
-    return PipelineSkeleton(name, tuple(path for path, _ in found), parts.skeleton, rest), refs
+    return PipelineSkeleton(name, tuple(path for path, _ in found), token, parts.skeleton, rest), refs
 
 
 def load_pipeline_in_actor(
@@ -194,13 +213,14 @@ def load_pipeline_in_actor(
             f"Make one in the driver: skeleton, refs = rewrite_pipeline_for_actors(pipeline)."
         )
     loaded = load(refs, device, keep_flags=keep_flags, require_isolation=require_isolation)
-    if not isinstance(loaded.model, tuple) or len(loaded.model) != 3:
+    if not isinstance(loaded.model, _Models) or loaded.model.token != skeleton._token:
         raise TypeError(f"{refs!r} is not the handle that came with {skeleton!r}: both come from one call.")
-    models, tensors, arrays = loaded.model
+    _, models, tensors, arrays = loaded.model
     if skeleton._rest:
-        tensors, arrays = pickle.loads(pickle.dumps(skeleton._rest))  # copy: model_attr_names asked for it
-        for tensor in tensors if not keep_flags else ():
-            tensor.requires_grad_(False)
+        layout, blocks = skeleton._rest
+        buffers = [(bytearray(block), 0) for block in blocks]  # copy: model_attr_names asked for it
+        tensors = _layout.unpack(layout, buffers, keep_flags=keep_flags)
+        arrays = _layout.unpack_arrays(layout, buffers)
     pipeline, _ = _graph.put_together(skeleton._stream, tensors, arrays, models, keep_flags=keep_flags)
     if isinstance(getattr(pipeline, "__dict__", {}).get("device"), torch.device):
         pipeline.device = loaded.device
@@ -216,17 +236,20 @@ def find_models(pipeline: object) -> list[tuple[str, Any]]:
 
 def _named(pipeline: object, names: Iterable[str], found: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
     there = f"Its models are: {', '.join(path.lstrip('.') for path, _ in found)}."
-    chosen = []
+    chosen: dict[int, tuple[str, Any]] = {}
     for name in [names] if isinstance(names, str) else names:
+        path = name if name.startswith((".", "[")) else f".{name}"
         try:
-            part = _graph.follow(pipeline, f".{name}")
+            part = _graph.follow(pipeline, path.replace('"', "'"))
         except LookupError:
             raise ValueError(f"{type(pipeline).__name__} has no part '{name}'. {there}") from None
         if not isinstance(part, MODEL_TYPES):
             kind = type(part).__qualname__
-            raise TypeError(f"'{name}' of {type(pipeline).__name__} is a {kind}, not a model. {there}")
-        chosen.append((f".{name}", part))
-    return chosen
+            raise TypeError(f"'{name}' of {type(pipeline).__name__} is of type {kind}, not a model. {there}")
+        chosen.setdefault(id(part), (path, part))
+    if not chosen:
+        raise ValueError(f"model_attr_names is empty. {there}")
+    return list(chosen.values())
 
 
 def _as_array(buffer: pickle.PickleBuffer) -> np.ndarray[Any, Any]:

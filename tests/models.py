@@ -593,8 +593,57 @@ def frozen_script() -> Any:
     return quietly(lambda: torch.jit.freeze(torch.jit.script(module)))
 
 
+class Halves(nn.Module):
+    """Two Parameters over one storage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        base = torch.randn(8, 8)
+        self.a = nn.Parameter(base[:4])
+        self.b = nn.Parameter(base[4:])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.a.t() + x @ self.b.t()
+
+
+@case(rows(2, 8))
+def scripted_halves() -> Any:
+    return quietly(lambda: torch.jit.script(Halves()))
+
+
+@case(rows(1, 3, 8, 8))
+def quantized_convolution() -> nn.Module:
+    def make() -> nn.Module:
+        convolution = torch.ao.nn.quantized.Conv2d(3, 4, 3)
+        weight = torch.quantize_per_tensor(torch.randn(4, 3, 3, 3), 0.1, 0, torch.qint8)
+        convolution.set_weight_bias(weight, torch.randn(4))
+        layers = (
+            torch.ao.nn.quantized.Quantize(0.1, 5, torch.quint8),
+            convolution,
+            torch.ao.nn.quantized.DeQuantize(),
+        )
+        return nn.Sequential(*layers)
+
+    return quietly(make)
+
+
+class Reduced(nn.Module):
+    """Pickles itself its own way, without flags."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def __reduce__(self) -> Any:
+        return Reduced, (self.size,)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight
+
+
 # What each process has to make a copy of for itself: weights packed for the processor.
-PACKED = {"dynamically_quantized"}
+PACKED = {"dynamically_quantized", "quantized_convolution"}
 # What has weights where no list of tensors shows them.
 BAKED = {"frozen_script", *PACKED}
 

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import ray
 import torch
-from models import CASES
+from models import CASES, Reduced, quietly
 from torch import nn
 
 from ray_zerocopy import (
@@ -532,3 +532,33 @@ def test_pool_memory_of_the_dead_and_the_foreign(ray_session: None) -> None:
     assert len(memory.pool_memory(actors[1]).processes) == 1
     with pytest.raises(ModelLostError, match="another Ray session"):
         memory.pool_memory(ModelRef("Linear", 1, 1, 1, ref.refs, "old"))
+
+
+def test_flags_of_what_pickles_itself(ray_session: None) -> None:
+    """A module with a __reduce__ of its own is in eval mode and without gradients all the same."""
+    loaded = load_model_in_actor(prepare_model_for_actors(nn.Sequential(Reduced(3)).eval()))
+    assert not loaded[0].training
+    assert not loaded[0].weight.requires_grad
+
+
+def test_script_functions_and_packed_scripts_are_counted(ray_session: None) -> None:
+    """A traced function's constants and a scripted layer's packed weights are in the report."""
+    weight = torch.randn(300, 300)
+    function, packed = quietly(
+        lambda: (
+            torch.jit.trace(lambda x: x @ weight, torch.randn(2, 300)),
+            torch.jit.script(torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(300, 300)))),
+        )
+    )
+    assert memory.model_memory(prepare_model_for_actors([function])).shared == weight.nbytes
+    assert memory.model_memory(prepare_model_for_actors(packed)).private >= 300 * 300
+
+
+def test_an_exported_module_is_refused_with_advice(ray_session: None) -> None:
+    """What torch.export's module() gives cannot be pickled, and the error says what to share in its place."""
+    program = torch.export.export(nn.Linear(2, 2), (torch.randn(1, 2),))
+    with pytest.raises(TypeError, match="Share the ExportedProgram itself"):
+        prepare_model_for_actors(program.module())
+    loaded = load_model_in_actor(prepare_model_for_actors(program))
+    x = torch.randn(1, 2)
+    assert torch.equal(loaded.module()(x), program.module()(x))

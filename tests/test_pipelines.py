@@ -13,7 +13,14 @@ from describe import describe
 from models import CASES
 from torch import nn
 
-from ray_zerocopy import _graph, load_pipeline_in_actor, memory, prepare_model_for_actors, rewrite_pipeline_for_actors
+from ray_zerocopy import (
+    _graph,
+    load_model_in_actor,
+    load_pipeline_in_actor,
+    memory,
+    prepare_model_for_actors,
+    rewrite_pipeline_for_actors,
+)
 
 X = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
 
@@ -153,7 +160,7 @@ def test_names_narrow_what_is_shared(ray_session: None) -> None:
     ("names", "error", "words"),
     [
         (["encodr"], ValueError, r"Pipeline has no part 'encodr'. Its models are: encoder, decoder"),
-        (["labels"], TypeError, r"'labels' of Pipeline is a list, not a model"),
+        (["labels"], TypeError, r"'labels' of Pipeline is of type list, not a model"),
         ("stages[7].model", ValueError, r"no part 'stages\[7\].model'"),
         (["expensive"], ValueError, "no part 'expensive'"),
     ],
@@ -201,3 +208,57 @@ def test_a_hugging_face_pipeline(two_actors: list[Any]) -> None:
         return load_pipeline_in_actor(skeleton, refs)("One sentence.")
 
     assert ray.get(two_actors[0].run.remote(run, skeleton, refs)) == source("One sentence.")
+
+
+class Proxy:
+    """Answers any name, and has a property in the place of a parent's slot."""
+
+    def __init__(self) -> None:
+        self.model = nn.Linear(2, 2)
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(f"not connected: {name}")
+
+
+class Parent:
+    __slots__ = ("model", "x")
+
+
+class Child(Parent):
+    __slots__ = ()
+
+    @property
+    def x(self) -> Any:
+        raise AssertionError("a property was run")
+
+
+def test_objects_that_answer_anything(ray_session: None) -> None:
+    """Neither __getattr__ nor a property is run in the search for models."""
+    child = Child()
+    child.model = nn.Linear(2, 2)
+    assert [path for path, _ in _graph.walk(child) if path == ".model"]
+    assert [path for path, _ in _graph.walk(Proxy()) if path == ".model"]
+
+
+def test_what_stays_in_the_skeleton_keeps_its_ties(ray_session: None) -> None:
+    """Tensors that model_attr_names leaves out travel as the bytes they reach, ties kept, and are counted."""
+    base = torch.randn(400, 100)
+    source = {"model": nn.Linear(2, 2), "a": base[:200], "b": base[200:], "row": torch.randn(1000, 1000)[0]}
+    skeleton, refs = rewrite_pipeline_for_actors(source, model_attr_names=["['model']"])
+    assert len(ray.cloudpickle.dumps(skeleton)) < base.nbytes + 4000 + 4000
+    assert "160" in repr(skeleton)
+    loaded = load_pipeline_in_actor(skeleton, refs)
+    assert loaded["a"].untyped_storage()._cdata == loaded["b"].untyped_storage()._cdata
+    assert torch.equal(loaded["row"], source["row"])
+
+
+def test_handles_of_other_pipelines(ray_session: None) -> None:
+    """A handle that belongs to another skeleton, or to a pipeline at all, is refused."""
+    one, ref_of_one = rewrite_pipeline_for_actors({"m": nn.Linear(2, 2)})
+    _, ref_of_two = rewrite_pipeline_for_actors({"m": nn.Linear(2, 2)})
+    with pytest.raises(TypeError, match="both come from one call"):
+        load_pipeline_in_actor(one, ref_of_two)
+    with pytest.raises(TypeError, match="load it with load_pipeline_in_actor"):
+        load_model_in_actor(ref_of_one)
+    with pytest.raises(ValueError, match="model_attr_names is empty"):
+        rewrite_pipeline_for_actors({"m": nn.Linear(2, 2)}, model_attr_names=[])
