@@ -127,12 +127,12 @@ def test_a_write_copies_its_page_alone(ray_session: None) -> None:
     loaded = load_model_in_actor(prepare_model_for_actors(Writable()))
     assert memory.model_memory(loaded).private == 0
     weight = loaded.linear.weight
-    weight.data[10, 0] = 1
+    weight.data[100, 0] = 1  # more than a page from the first byte
     found = memory.model_memory(loaded)
     assert 0 < found.private <= 4096
     assert [path for path, _ in found.largest_private] == ["Writable.linear.weight"]
     assert memory.location(weight) is not None
-    assert memory.location(weight.data[10:]) is None
+    assert memory.location(weight.data[100:]) is None
 
 
 SCRIPT = """
