@@ -9,13 +9,16 @@ of the module into that table first, so that an archive without weights results;
 the same storages, now views of shared memory, into the reader's table, and it finds them there::
 
     ScriptModule --+-- classes, methods ------> code      compiled once per process and prepared model
-                   +-- attributes, flags -----> objects   unpickled by every load   [storage 0] [storage 1]
-                   +-- storages --------------> tensors   one uint8 view each, shared like any other tensor
-                   +-- graph constants -------> tensors   (a frozen module's weights): storages like any other
+                   +-- attributes, flags -----> objects                             [storage 0] [storage 1]
+                   +-- tensors ---------------> tensors   shared like any other tensor
+                   +-- graph constants -------> tensors   (a frozen module's weights): one uint8 view a storage
 
 Reading `objects` into a `CompilationUnit` that has the classes compiles nothing: the archive need not even hold
-code. That makes a later load in a process an order of magnitude faster than the first. Loads in one process then
-share their classes and compiled methods, as two instances of one scripted class do; never attributes or tensors.
+code. That makes the second load in a process an order of magnitude faster than the first. It also writes down how
+the objects hang together, as a graph of TorchScript's own: "create an object of this class, set its attribute
+weight to tensor 7". The loads after that run this graph, in the interpreter, forty times as fast as reading.
+Loads in one process share their classes and compiled methods, as two instances of one scripted class do; never
+attributes or tensors.
 
 The module travels inside a holder, `_held`. The reader looks through a root module's methods, and its children's, for
 operators of old releases to rewrite, which costs more than reading it; what an attribute holds it leaves alone.
@@ -28,6 +31,7 @@ shared; `baked_bytes` counts it, because it is in no `state_dict`.
 from __future__ import annotations
 
 import io
+import pickle
 import pickletools
 import threading
 import types
@@ -73,26 +77,40 @@ class Asked:
 KEEP_FLAGS = Asked()
 
 
+class _Signature(NamedTuple):
+    """What a function is called; and the source of one with its arguments and defaults that calls it as `inner`.
+
+    No source where torch does not read the names of the types that it writes: classes.
+    """
+
+    name: str
+    source: str | None
+
+
 class Script(NamedTuple):
     """A module without its tensors.
 
     `code` is an archive with everything but storages, `objects` the same without code. `flagged` says whether
-    `code` has a second set of objects in which tensors require gradients. `cache` is 'strong' where the compiled
+    they have a second set of objects in which tensors require gradients and modules train. `plain` says whether all
+    attributes are modules, ordinary tensors, numbers and strings. `cache` is 'strong' where the compiled
     code may outlive the modules made with it, 'weak' where it holds shared tensors (graph constants), and 'none'
-    where a method writes to them, so that each module needs its own. Of the storages, those from
+    where a method writes to them, so that each module needs its own. `storages` has, for each storage of the
+    archives, which of the tensors beside it reaches all of it. Of the storages, those from
     `baked` on are only in graphs, those from `made` on only in what classes made of themselves to be saved; `private`
-    is the bytes of these, which every load has of its own.
+    is the bytes of these, which every load has of its own. `function` is what a function is called and how.
     """
 
     key: bytes
-    code: bytes
-    objects: bytes
+    code: Any
+    objects: Any
     flagged: bool
+    plain: bool
     cache: str
+    storages: list[int]
     baked: int
     made: int
     private: int
-    function: str | None
+    function: _Signature | None
 
 
 # ---------------------------------------------------------------- taking apart
@@ -101,26 +119,29 @@ class Script(NamedTuple):
 def reduce_script(module: ScriptModule | ScriptFunction[Any, Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Return `rebuild_script` and its arguments, in the way of `__reduce__`; `module` is not changed.
 
-    The tensors among the arguments are one uint8 view of each storage, on the storage's device.
-    Raises RuntimeError, from torch, for a module that `torch.jit.save` refuses.
+    The tensors among the arguments are on the devices of the module's, and share their storages.
+    Raises RuntimeError, from torch, for a module that `torch.jit.save` refuses; ValueError for one that it writes
+    and cannot read.
     """
     if isinstance(module, ScriptFunction):
+        signature = _signature(module)
         # copy: graph constants, the only tensors that a function can have
         unit = torch._C.CompilationUnit()
         holder = torch._C.import_ir_module_from_buffer(unit, module.save_to_buffer({}), None, {}, False)  # type: ignore[call-arg, arg-type]
-        script, tensors = _take_apart(holder, str(module.name))
+        script, tensors = _take_apart(holder, signature)
         return rebuild_script, (script, tensors, {}, KEEP_FLAGS)
     script, tensors = _take_apart(module._c, None)
     return rebuild_script, (script, tensors, _python_state(module), KEEP_FLAGS)
 
 
-def _take_apart(cpp: Any, function: str | None) -> tuple[Script, list[Tensor]]:
+def _take_apart(cpp: Any, function: _Signature | None) -> tuple[Script, list[Tensor]]:
+    _refuse_packed_for_mkldnn(cpp)
     constants = list(_constants(cpp))
     stream = io.BytesIO()
     writer = torch._C.PyTorchFileWriter(stream)
     serializer = torch._C.ScriptModuleSerializer(writer)
     known: Any = serializer.storage_context()
-    tensors: list[Tensor] = []
+    found: list[torch.UntypedStorage] = []
 
     def enter(tensor: Tensor) -> int:
         """Return the number of the tensor's storage; -1 if it has no bytes to share."""
@@ -132,17 +153,33 @@ def _take_apart(cpp: Any, function: str | None) -> tuple[Script, list[Tensor]]:
             return -1
         storage = tensor.untyped_storage()
         number: int = known.get_or_add_storage(storage)
-        if number == len(tensors):
-            tensors.append(torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage))
+        if number == len(found):
+            found.append(storage)
         return number
 
-    for tensor in _tensors(cpp):
-        enter(tensor)
-    first = len(tensors)
+    tensors: list[Tensor] = []
+    whole: dict[int, int] = {}
+    plain = function is None
+    seen: set[int] = set()
+    for value in _attributes(cpp):
+        if not isinstance(value, Tensor):
+            plain = plain and (value is None or type(value) in (bool, int, float, str))
+            for tensor in within(value):
+                enter(tensor)
+        elif value._cdata not in seen:
+            seen.add(value._cdata)
+            number = enter(value)
+            if number == -1 or value.is_quantized or value.is_conj() or value.is_neg():
+                plain = False
+                continue
+            if value.is_contiguous() and value.nbytes == found[number].nbytes():
+                whole.setdefault(number, len(tensors))
+            tensors.append(_twin(value))
+    first = len(found)
     entered = [enter(tensor) for tensor, _ in constants]
     apart = not any(0 <= number < first for number in entered)
-    last = len(tensors)
-    small = apart and sum(t.numel() for t in tensors[first:]) <= SMALL_CONSTANTS
+    last = len(found)
+    small = apart and sum(storage.nbytes() for storage in found[first:]) <= SMALL_CONSTANTS
     serializer.serialize(_held(cpp), 0)
     serializer.write_files()
     writer.write_end_of_file()
@@ -157,7 +194,14 @@ def _take_apart(cpp: Any, function: str | None) -> tuple[Script, list[Tensor]]:
         if record is None:
             break
         private += len(record)
-        tensors.append(torch.frombuffer(bytearray(record), dtype=torch.uint8) if record else _no_bytes())
+        made = torch.frombuffer(bytearray(record), dtype=torch.uint8) if record else _no_bytes()
+        found.append(made.untyped_storage())
+    storages = []
+    for number, storage in enumerate(found):
+        if number not in whole:
+            whole[number] = len(tensors)
+            tensors.append(torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage))
+        storages.append(whole[number])
     flagless = _without_flags(records[_DATA.format(0)])
     flagged = flagless != records[_DATA.format(0)]
     if flagged:
@@ -169,9 +213,31 @@ def _take_apart(cpp: Any, function: str | None) -> tuple[Script, list[Tensor]]:
         cache = "none"
     elif records[_CONSTANTS.format(0)] != _NOTHING and not (small and private == 0):
         cache = "weak"
-    objects = _archive({_DATA.format(0): flagless, _CONSTANTS.format(0): _NOTHING})
-    script = Script(uuid.uuid4().bytes, _archive(records), objects, flagged, cache, first, last, private, function)
+    objects = {_CONSTANTS.format(n): _NOTHING for n in range(1 + flagged)}
+    objects |= {_DATA.format(n): records[_DATA.format(n)] for n in range(1 + flagged)}
+    # Out of the skeleton, which every load reads: these are read twice in a process.
+    archives = pickle.PickleBuffer(_archive(records)), pickle.PickleBuffer(_archive(objects))
+    script = Script(uuid.uuid4().bytes, *archives, flagged, plain, cache, storages, first, last, private, function)
     return script, tensors
+
+
+def _twin(tensor: Tensor) -> Tensor:
+    """Return a tensor of its own over the same bytes."""
+    twin = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    twin.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+    return twin.requires_grad_(tensor.requires_grad)
+
+
+def _refuse_packed_for_mkldnn(cpp: Any) -> None:
+    """Refuse what `torch.jit.save` writes without its weights, and then cannot read."""
+    for module in _modules(cpp):
+        for name in module._method_names():
+            if module._get_method(name).graph.findNode("prim::ConstantMKLDNNTensor") is not None:
+                raise ValueError(
+                    f"the graph of its {name}() has weights packed for this processor, by "
+                    f"torch.jit.optimize_for_inference, which torch.jit.save loses. Share the module as it was "
+                    f"before that, frozen or not, and optimize it in the worker"
+                )
 
 
 _DATA = ".data/ts_code/{}/data.pkl"
@@ -242,16 +308,44 @@ def _modules(cpp: Any) -> Iterator[Any]:
         pending.extend(child for _, child in torch._C.ModuleDict(module).items())
 
 
-def _tensors(cpp: Any) -> Iterator[Tensor]:
-    """Yield the tensors that the attributes of the modules hold, in a definite order, ties as often as they occur."""
+def _signature(function: ScriptFunction[Any, Any]) -> _Signature:
+    schema: Any = function.schema
+    given, passed = [], []
+    for argument in schema.arguments:
+        if argument.kwarg_only and "*" not in given:
+            given.append("*")
+        default = f" = {argument.default_value!r}" if argument.has_default_value() else ""
+        given.append(f"{argument.name}: {argument.type.annotation_str}{default}")
+        passed.append(f"{argument.name}={argument.name}")
+    source = f"def {function.name}({', '.join(given)}):\n    return inner({', '.join(passed)})\n"
+    signature = _Signature(str(function.name), source)
+    try:
+        _define(signature, function)
+    except RuntimeError as error:
+        if any(argument.has_default_value() for argument in schema.arguments):
+            raise ValueError(
+                f"TorchScript does not read back the signature {schema}, so its defaults would be lost: "
+                f"share a function without defaults, or a scripted module"
+            ) from error
+        return signature._replace(source=None)
+    return signature
+
+
+def _attribute_names(module: Any) -> list[str]:
+    """Return the names of a C++ module's attributes; not of the modules below it."""
+    return list(torch._C.ConcreteModuleType.from_jit_type(module._type()).get_attributes())  # type: ignore[attr-defined]
+
+
+def _attributes(cpp: Any) -> Iterator[Any]:
+    """Yield what the attributes of the modules hold, in a definite order, ties as often as they occur."""
     for module in _modules(cpp):
-        attributes: Any = torch._C.ConcreteModuleType.from_jit_type(module._type()).get_attributes()  # type: ignore[attr-defined]
-        for name, (kind, _) in attributes.items():
-            if kind.kind() not in _WITHOUT_TENSORS:
-                yield from within(module.getattr(name))
+        for name in _attribute_names(module):
+            yield module.getattr(name)
 
 
-_WITHOUT_TENSORS = frozenset(("BoolType", "IntType", "FloatType", "StringType", "NoneType", "DeviceObjType"))
+def _tensors(cpp: Any) -> Iterator[Tensor]:
+    for value in _attributes(cpp):
+        yield from within(value)
 
 
 def within(value: object) -> Iterator[Tensor]:
@@ -311,7 +405,7 @@ class _Method(NamedTuple):
     function: Callable[..., Any]
 
 
-_FRESH = frozenset((*torch.nn.Module().__dict__, "_c", "_concrete_type", "_initializing", "_compilation_unit"))
+_FRESH = frozenset((*torch.nn.Module().__dict__, "_c", "_concrete_type", "_initializing", "_compiled"))
 
 
 # ---------------------------------------------------------------- putting together
@@ -322,38 +416,30 @@ def rebuild_script(
 ) -> Any:
     """Make the module or function from its code around the storages of `tensors`, without copying them."""
     device = next((t.device for t in tensors if t.device.type != "cpu"), None)
-    storages = torch._C.DeserializationStorageContext()
-    places: dict[int, torch.UntypedStorage] = {}
-    keep_code = script.cache == "strong"
-    for number, tensor in enumerate(tensors):
-        if device is not None:
-            # The reader takes only host storages. These are never touched, and exchanged below; but classes make
-            # something of the last ones while they are read.
-            host = tensor.cpu() if number >= script.made else torch.empty_like(tensor, device="cpu")
-            places[host.untyped_storage()._cdata] = tensor.untyped_storage()
-            tensor = host
-        elif keep_code and script.baked <= number < script.made:
-            tensor = tensor.clone()  # copy: a few KB of graph constants, see SMALL_CONSTANTS
-        storages.add_storage(f"{number}.storage", tensor)
-    key = (script.key, device)
     number = 1 if script.flagged and keep_flags is True else 0
+    key = (script.key, device, number)
     with _compiling:
-        unit = _compiled.get(key)
-        fresh = unit is None or number == 1
-        if fresh:
-            unit = torch._C.CompilationUnit()
-        cpp = _read(unit, script.code if fresh else script.objects, storages, number)
-        if places:
-            _exchange(cpp, places, fresh)
-        if fresh and script.cache != "none" and number == 0:
-            _compiled[key] = unit
-        if keep_code and number == 0:
-            _keep(key, unit)
+        compiled = _compiled.get(key)
+        if compiled is not None and compiled.again is not None:
+            cpp = compiled.again(tensors)
+        else:
+            fresh = compiled is None
+            if compiled is None:
+                compiled = _Compiled(torch._C.CompilationUnit())
+            cpp = _read(compiled.unit, script, tensors, device, number, fresh)
+            if script.cache != "none":
+                _compiled[key] = compiled
+                if script.plain and not fresh:
+                    compiled.again = _write_down(cpp, tensors)
+        if script.cache == "strong":
+            _keep(key, compiled)
     if script.function is not None:
         return _as_function(cpp, script.function)
-    module = _wrap(cpp)
+    if compiled.concrete is None:
+        compiled.concrete = torch._C.ConcreteModuleType.from_jit_type(cpp._type())
+    module = _wrap(cpp, compiled.concrete)
     # The compiled code of graphs with shared constants is kept for as long as a module made with it lives.
-    module.__dict__["_compilation_unit"] = unit
+    module.__dict__["_compiled"] = compiled
     for path, state in python_state.items():
         part = module
         for child in path.split(".") if path else ():
@@ -366,10 +452,97 @@ def rebuild_script(
     return module
 
 
-_Key = tuple[bytes, torch.device | None]
+class _Compiled:
+    """What a process keeps of a prepared module: its classes, and how to make another one of tensors."""
+
+    def __init__(self, unit: Any) -> None:
+        self.unit = unit
+        self.concrete: Any = None
+        self.again: Callable[[list[Tensor]], Any] | None = None
+
+
+_Key = tuple[bytes, torch.device | None, int]
 _compiling = threading.Lock()
-_compiled: weakref.WeakValueDictionary[_Key, Any] = weakref.WeakValueDictionary()
-_kept: OrderedDict[_Key, Any] = OrderedDict()
+_compiled: weakref.WeakValueDictionary[_Key, _Compiled] = weakref.WeakValueDictionary()
+_kept: OrderedDict[_Key, _Compiled] = OrderedDict()
+
+
+def _read(unit: Any, script: Script, tensors: list[Tensor], device: Any, number: int, fresh: bool) -> Any:
+    """Read the module's objects, and its code if the unit is a fresh one, from the archives."""
+    storages = torch._C.DeserializationStorageContext()
+    places: dict[int, torch.UntypedStorage] = {}
+    for place, index in enumerate(script.storages):
+        tensor = tensors[index]
+        if device is not None:
+            # The reader takes only host storages. These are never touched, and exchanged below; but classes make
+            # something of the last ones while they are read.
+            host = tensor.cpu() if place >= script.made else torch.empty_like(tensor, device="cpu")
+            places[host.untyped_storage()._cdata] = tensor.untyped_storage()
+            tensor = host
+        elif script.cache == "strong" and script.baked <= place < script.made:
+            tensor = tensor.clone()  # copy: a few KB of graph constants, see SMALL_CONSTANTS
+        storages.add_storage(f"{place}.storage", tensor)
+    reader = torch._C.PyTorchFileReader(io.BytesIO(script.code if fresh else script.objects))
+    root: Any = torch._C._import_ir_module_from_package(unit, reader, storages, torch.device("cpu"), str(number))
+    cpp = root.getattr("held")
+    if places:
+        _exchange(cpp, places, fresh)
+    return cpp
+
+
+def _write_down(cpp: Any, tensors: list[Tensor]) -> Callable[[list[Tensor]], Any]:
+    """Return a function that makes a module as `cpp` is one of `tensors`, of others in their places."""
+    places: dict[Any, list[int]] = {}
+    for place, tensor in reversed(list(enumerate(tensors))):
+        places.setdefault(_view_of(tensor), []).append(place)
+    graph: Any = torch._C.Graph()
+    given = graph.addInput()
+    given.setType(torch._C.ListType.ofTensors())
+    unpack = graph.insertNode(graph.create("prim::ListUnpack", [given], 0))
+    order: list[int] = []
+    values: dict[Any, Any] = {}
+    alive = []
+
+    def value_of(held: Any) -> Any:
+        is_tensor = isinstance(held, Tensor)
+        key = held._cdata if is_tensor else (type(held), repr(held))
+        if key not in values:
+            values[key] = unpack.addOutput() if is_tensor else graph.insertConstant(held)
+            if is_tensor:
+                values[key].setType(torch._C.TensorType.get())
+                order.append(places[_view_of(held)].pop())
+        return values[key]
+
+    def object_of(module: Any) -> Any:
+        if hash(module) in values:
+            return values[hash(module)]
+        alive.append(module)
+        held = [(name, value_of(module.getattr(name))) for name in _attribute_names(module)]
+        held += [(name, object_of(child)) for name, child in torch._C.ModuleDict(module).items()]
+        made = graph.insertNode(graph.create("prim::CreateObject", 1)).output()
+        made.setType(module._type())
+        values[hash(module)] = made
+        for name, value in held:
+            graph.insertNode(graph.create("prim::SetAttr", [made, value], 0)).s_("name", name)
+        return made
+
+    graph.registerOutput(object_of(cpp))
+    function: Any = torch._C._create_function_from_graph("again", graph)
+
+    def again(others: list[Tensor]) -> Any:
+        optimizing = torch._C._get_graph_executor_optimize()
+        torch._C._set_graph_executor_optimize(False)  # which would take long, and finds nothing
+        try:
+            return function([others[place] for place in order])
+        finally:
+            torch._C._set_graph_executor_optimize(optimizing)
+
+    return again
+
+
+def _view_of(tensor: Tensor) -> Any:
+    place = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.requires_grad)
+    return (tensor.untyped_storage()._cdata, tensor.dtype, *place)
 
 
 def _exchange(cpp: Any, places: dict[int, torch.UntypedStorage], constants: bool) -> None:
@@ -384,17 +557,11 @@ def _exchange(cpp: Any, places: dict[int, torch.UntypedStorage], constants: bool
         tensor.data = there.set_(place, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
-def _keep(key: _Key, unit: Any) -> None:
-    _kept[key] = unit
+def _keep(key: _Key, compiled: _Compiled) -> None:
+    _kept[key] = compiled
     _kept.move_to_end(key)
     while len(_kept) > MOST_COMPILED:
         _kept.popitem(last=False)
-
-
-def _read(unit: Any, archive: bytes, storages: Any, number: int) -> Any:
-    reader = torch._C.PyTorchFileReader(io.BytesIO(archive))
-    root: Any = torch._C._import_ir_module_from_package(unit, reader, storages, torch.device("cpu"), str(number))
-    return root.getattr("held")
 
 
 class _LazyModules(OrderedModuleDict):
@@ -410,9 +577,9 @@ class _LazyModules(OrderedModuleDict):
         return self._python_modules
 
 
-def _wrap(cpp: Any) -> RecursiveScriptModule:
+def _wrap(cpp: Any, concrete: Any = None) -> RecursiveScriptModule:
     def initialize(module: Any) -> None:
-        module._concrete_type = torch._C.ConcreteModuleType.from_jit_type(cpp._type())
+        module._concrete_type = concrete or torch._C.ConcreteModuleType.from_jit_type(cpp._type())
         module._forward_pre_hooks.update(enumerate(cpp._get_forward_pre_hooks()))
         module._forward_hooks.update(enumerate(cpp._get_forward_hooks()))
 
@@ -421,10 +588,21 @@ def _wrap(cpp: Any) -> RecursiveScriptModule:
     return module
 
 
-def _as_function(cpp: Any, name: str) -> Any:
+def _as_function(cpp: Any, signature: _Signature) -> Any:
     graph = cpp._get_method("forward").inlined_graph.copy()
     graph.eraseInput(0)  # the module, which a function does not use
-    return torch._C._create_function_from_graph(name, graph)
+    return _define(signature, torch._C._create_function_from_graph(signature.name, graph))
+
+
+def _define(signature: _Signature, inner: Any) -> Any:
+    """Return a function with the signature that does as `inner`, whose graph has lost defaults and names."""
+    if signature.source is None:
+        return inner
+    unit: Any = torch._C.CompilationUnit()
+    unit.define(signature.source, {"inner": inner, "torch": torch}.get)
+    function = unit.find_function(signature.name)
+    torch._C._jit_pass_inline(function.graph)
+    return function
 
 
 # ---------------------------------------------------------------- counting

@@ -611,6 +611,27 @@ def scripted_halves() -> Any:
     return quietly(lambda: torch.jit.script(Halves()))
 
 
+@case(rows(2, 8))
+def traced_many_ways() -> Any:
+    """One module, one Parameter and one number under several names; a Parameter of part of a storage."""
+
+    class Many(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(8, 8)
+            self.same = self.first
+            self.part = nn.Parameter(torch.randn(100, 8)[7:9])
+            self.turned = nn.Parameter(torch.randn(8, 8).t())
+            self.register_buffer("expanded", torch.randn(1, 8).expand(5, 8))
+            self.register_buffer("detached", self.first.weight.detach())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.same(self.first(x)) @ self.turned
+            return x @ self.detached + self.part.sum() + self.expanded[0]
+
+    return quietly(lambda: torch.jit.trace(Many(), torch.randn(2, 8)))
+
+
 @case(rows(1, 3, 8, 8))
 def quantized_convolution() -> nn.Module:
     def make() -> nn.Module:
@@ -644,6 +665,8 @@ class Reduced(nn.Module):
 
 # What each process has to make a copy of for itself: weights packed for the processor.
 PACKED = {"dynamically_quantized", "quantized_convolution"}
+# What has TorchScript in it.
+SCRIPTED = {"scripted", "traced_inside_eager", "frozen_script", "scripted_halves", "traced_many_ways"}
 # What has weights where no list of tensors shows them.
 BAKED = {"frozen_script", *PACKED}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
 import re
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 import ray
 import torch
 from describe import describe, storage_bytes
-from models import BAKED, CALLABLE, CASES, NAMES, PACKED, call
+from models import BAKED, CALLABLE, CASES, NAMES, PACKED, SCRIPTED, call
 
 from ray_zerocopy import _graph, _layout, load_model_in_actor, memory, prepare_model_for_actors
 from ray_zerocopy._store import _fetch
@@ -53,6 +54,29 @@ def test_loads_in_eval_mode(name: str, shared: tuple[Any, Any]) -> None:
     loaded = load_model_in_actor(ref)
     assert is_eval(loaded)
     assert describe(loaded, flags=False) == describe(source, flags=False)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_load_is_as_the_first(name: str, shared: tuple[Any, Any]) -> None:
+    """Four loads alive at once in one process, with flags and without, are all equal to the source, and apart."""
+    source, ref = shared
+    for flags in (True, False):
+        loads = [load_model_in_actor(ref, keep_flags=flags) for _ in range(4)]
+        expected = describe(source, flags=flags)
+        assert all(describe(loaded, flags=flags) == expected for loaded in loads)
+        assert all(is_eval(loaded) for loaded in loads) or flags
+        assert not any(one & two for one, two in itertools.combinations(map(addresses, loads), 2))
+
+
+def addresses(model: Any) -> set[int]:
+    """Return where the tensors of a model lie; a frozen module's constants are code, which a process has once."""
+    return {
+        piece.data_ptr()
+        for path, part in _graph.walk(model)
+        if isinstance(part, torch.Tensor) and "<constant" not in path
+        for piece in _graph.components(part)
+        if piece.numel()
+    }
 
 
 @pytest.mark.parametrize("name", CALLABLE)
@@ -173,5 +197,6 @@ def test_a_loaded_model_can_be_shared_again(name: str, shared: tuple[Any, Any]) 
     """Preparing a loaded model stores as many bytes as the first time, and loads equal."""
     source, ref = shared
     again = prepare_model_for_actors(load_model_in_actor(ref, keep_flags=True))
-    assert again.nbytes == ref.nbytes
+    # TorchScript's code is in the store too, and its length changes with the numbers that torch gives to classes.
+    assert abs(again.nbytes - ref.nbytes) <= (1024 if name in SCRIPTED else 0)
     assert describe(load_model_in_actor(again, keep_flags=True)) == describe(source)

@@ -1,0 +1,141 @@
+"""TorchScript beyond the table: functions, what cannot be shared, and what a later load costs."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+import weakref
+
+import pytest
+import torch
+from describe import describe
+from models import quietly
+from torch import nn
+
+from ray_zerocopy import _graph, _layout, _script, load_model_in_actor, prepare_model_for_actors
+
+X = torch.randn(2, 8, generator=torch.Generator().manual_seed(1))
+
+
+def scale(x: torch.Tensor, factor: float = 2.5, shift: int | None = None, *, word: str) -> torch.Tensor:
+    """Be a function with defaults of several types, and an argument that only goes by its name."""
+    if shift is not None:
+        x = x + shift
+    return x * factor + len(word)
+
+
+def test_a_function_keeps_its_signature(ray_session: None) -> None:
+    """A scripted function comes back with its arguments' names, types, defaults and kinds, at every load."""
+    source = quietly(lambda: torch.jit.script(scale))
+    ref = prepare_model_for_actors({"run": source})
+    for _ in range(3):
+        loaded = load_model_in_actor(ref)["run"]
+        assert type(loaded) is torch.jit.ScriptFunction
+        assert str(loaded.schema) == str(source.schema)
+        assert torch.equal(loaded(X, word="ab"), source(X, word="ab"))
+        assert torch.equal(loaded(x=X, shift=3, word="", factor=1.0), X + 3)
+    again = load_model_in_actor(prepare_model_for_actors(loaded))
+    assert str(again.schema) == str(source.schema)
+
+
+class Box:
+    """A class of TorchScript."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+
+def test_a_function_of_a_class(ray_session: None) -> None:
+    """A function whose types torch cannot read back is shared without defaults, and refused if it has any."""
+    quietly(lambda: torch.jit.script(Box))
+
+    def plain(box: Box, x: torch.Tensor) -> torch.Tensor:
+        return x * box.size
+
+    def with_default(box: Box, by: int = 2) -> int:
+        return box.size * by
+
+    def make(size: int) -> Box:
+        return Box(size)
+
+    scripted = quietly(lambda: torch.jit.script(plain))
+    loaded = load_model_in_actor(prepare_model_for_actors(scripted))
+    assert next(a.name for a in loaded.schema.arguments).startswith("box")
+    with pytest.raises(TypeError, match=r"its defaults would be lost: share a function without defaults"):
+        prepare_model_for_actors(quietly(lambda: torch.jit.script(with_default)))
+
+
+def test_weights_packed_for_mkldnn_are_refused(ray_session: None) -> None:
+    """What torch.jit.optimize_for_inference packed is refused when sharing, with path, fact and remedy."""
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
+    frozen = quietly(lambda: torch.jit.freeze(torch.jit.script(net)))
+    ref = prepare_model_for_actors(frozen)
+    optimized = quietly(lambda: torch.jit.optimize_for_inference(frozen))
+    if "ConstantMKLDNN" not in str(optimized.graph):
+        pytest.skip("this build of torch packs nothing for mkldnn")
+    with pytest.raises(
+        TypeError, match=r"dict\['a'\]\.model .*graph of its forward\(\) has weights packed.*optimize"
+    ):
+        prepare_model_for_actors({"a": nn.ModuleDict({"model": optimized})})
+    x = torch.randn(1, 3, 8, 8)
+    loaded = quietly(lambda: torch.jit.optimize_for_inference(load_model_in_actor(ref)))
+    assert torch.allclose(loaded(x), net(x), atol=1e-5)
+
+
+def many_layers() -> nn.Module:
+    """Return a model whose load is all objects and hardly any bytes."""
+    blocks = [nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.BatchNorm1d(8), nn.Dropout()) for _ in range(100)]
+    return nn.Sequential(*blocks).eval()
+
+
+@pytest.mark.parametrize("keep_flags", [False, True])
+@pytest.mark.parametrize("way", ["scripted", "traced"])
+def test_later_loads_of_many_layers(way: str, keep_flags: bool) -> None:
+    """A load of four hundred scripted or traced modules, the third or later, takes less than that of eager ones."""
+    eager = many_layers().train(keep_flags)
+    compiled = quietly(
+        lambda: torch.jit.script(eager) if way == "scripted" else torch.jit.trace(eager, X, check_trace=False)
+    )
+    loads = []
+    for model in (eager, compiled):
+        parts = _graph.take_apart(model)
+        packed = _layout.pack(parts.tensors, parts.arrays)
+        loads.append((parts, packed.layout, [(bytearray(b.memory()), 0) for b in packed.buffers]))
+    taken: list[list[float]] = [[], []]
+    kept = []
+    for _ in range(12):
+        for (parts, layout, buffers), seconds in zip(loads, taken, strict=True):
+            gc.disable()
+            begin = time.perf_counter()
+            tensors = _layout.unpack(layout, buffers, keep_flags=keep_flags)
+            model, _ = _graph.put_together(parts.skeleton, tensors, parts.arrays, keep_flags=keep_flags)
+            seconds.append(time.perf_counter() - begin)
+            gc.enable()
+            kept.append(model)
+    assert statistics.median(taken[1]) < statistics.median(taken[0]) * 1.5
+    assert describe(kept[-1], flags=keep_flags) == describe(compiled, flags=keep_flags)
+
+
+def test_compiled_code_goes_with_its_constants(ray_session: None) -> None:
+    """Kept code does not keep a frozen model's weights: they go with the last module that was loaded."""
+    frozen = quietly(lambda: torch.jit.freeze(torch.jit.script(nn.Sequential(nn.Linear(512, 512)).eval())))
+    ref = prepare_model_for_actors(frozen)
+    before = set(_script._compiled)
+    loads = [load_model_in_actor(ref) for _ in range(4)]
+    (key,) = set(_script._compiled) - before
+    compiled = weakref.ref(_script._compiled[key])
+    assert torch.equal(loads[3](torch.ones(1, 512)), frozen(torch.ones(1, 512)))
+    del loads
+    gc.collect()
+    assert compiled() is None
+
+
+def test_few_compiled_models_are_kept(ray_session: None) -> None:
+    """A process keeps the code of the last few models only, and compiles again what it has let go."""
+    source = quietly(lambda: torch.jit.script(nn.Linear(8, 8)))
+    refs = [prepare_model_for_actors(source) for _ in range(_script.MOST_COMPILED + 2)]
+    for ref in refs:
+        load_model_in_actor(ref)
+    assert len(_script._kept) <= _script.MOST_COMPILED
+    assert torch.equal(load_model_in_actor(refs[0])(X), source(X))
