@@ -30,6 +30,7 @@ import functools
 import gc
 import inspect
 import io
+import itertools
 import pickle
 import sys
 import time
@@ -75,20 +76,31 @@ def take_apart(obj: object, leave_out: tuple[type, ...] = (), objects: Sequence[
     Instances of the types in `leave_out`, and `objects`, are not pickled but listed in `Parts.carried`.
     Raises TypeError naming the attribute path of what cannot be pickled.
     """
-    stream = io.BytesIO()
-    pickler = _Pickler(stream, leave_out, objects)
-    try:
-        pickler.dump(obj)
-        # A second pickle in the same stream, with the same memo: which of the objects just pickled must be
-        # touched to give eval mode and requires_grad=False.
-        pickler.dump((*_in_training(pickler.modules), pickler.flagged, pickler.opaque))
-    except Exception as error:
-        raise _unpicklable(obj, leave_out, objects, error) from error
-    return Parts(stream.getvalue(), pickler.tensors, pickler.arrays, pickler.carried)
+    scripts = _script.Scripts()
+    while True:
+        stream = io.BytesIO()
+        pickler = _Pickler(stream, leave_out, objects, scripts)
+        try:
+            pickler.dump(obj)
+            # A second pickle in the same stream, with the same memo: which of the objects just pickled must be
+            # touched to give eval mode and requires_grad=False.
+            pickler.dump((*_in_training(pickler.modules), pickler.flagged, pickler.opaque))
+        except _script.BeginAgain:
+            scripts.begin_again()
+        except Exception as error:
+            raise _unpicklable(obj, leave_out, objects, error) from error
+        else:
+            return Parts(stream.getvalue(), pickler.tensors, pickler.arrays, pickler.carried)
 
 
 class _Pickler(CloudPickler):  # type: ignore[misc]
-    def __init__(self, stream: io.BytesIO, leave_out: tuple[type, ...], objects: Sequence[object]) -> None:
+    def __init__(
+        self,
+        stream: io.BytesIO,
+        leave_out: tuple[type, ...],
+        objects: Sequence[object],
+        scripts: _script.Scripts,
+    ) -> None:
         self.arrays: list[pickle.PickleBuffer] = []
         # Before super().__init__, which reads it. A flat copy: lookups in cloudpickle's ChainMap take a quarter
         # of the time to pickle BERT. Left out are the reducer for torch.Tensor that Ray puts there for
@@ -104,6 +116,7 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
         self.modules: list[torch.nn.Module] = []
         self.flagged: list[Tensor] = []
         self.opaque: list[torch.nn.Module] = []
+        self.scripts = scripts
         self._numbers: dict[int, int] = {}
         self._alive: list[object] = []
         self._unknown = self._meet
@@ -135,6 +148,8 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
     def _carried_id(self, obj: Any) -> Any:
         number = self._numbers.get(id(obj))
         if number is None:
+            if isinstance(obj, torch.jit.ScriptModule):
+                self.scripts.add(obj)
             number = self._numbers[id(obj)] = len(self.carried)
             self.carried.append(obj)
         return ("carried", number)
@@ -150,7 +165,7 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
         if isinstance(obj, torch.nn.Module):
             self.modules.append(obj)
             if isinstance(obj, torch.jit.ScriptModule):
-                return _script.reduce_script(obj)
+                return self.scripts.reduce(obj)
             if "parametrizations" in obj.__dict__.get("_modules", ()) and parametrize.is_parametrized(obj):
                 return _reduce_parametrized(obj)
             if kind in self.dispatch_table or not _has_default_reduce(kind):
@@ -169,6 +184,8 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
             return NotImplemented
         elif kind is torch.jit.ScriptFunction:
             return _script.reduce_script(obj)
+        elif kind is torch.ScriptMethod:
+            return self.scripts.reduce_method(obj)
         elif kind.__name__ == "ExportedProgram" and kind.__module__ == "torch.export.exported_program":
             return _reduce_exported(obj)
         return super().reducer_override(obj)
@@ -487,8 +504,10 @@ def children(obj: object) -> Iterator[tuple[str, Any]]:
         yield from ((f".{name}", value) for name, value in obj.__dict__.items())
         return
     if isinstance(obj, dict):
-        for key, value in list(obj.items()):
+        for number, (key, value) in enumerate(list(obj.items())):
             yield f"[{key!r}]", value
+            if not isinstance(key, _LEAVES):
+                yield f".keys()[{number}]", key
     elif isinstance(obj, (list, tuple, set, frozenset, collections.deque)):
         for number, value in enumerate(obj):
             yield f"[{number}]", value
@@ -502,6 +521,9 @@ def children(obj: object) -> Iterator[tuple[str, Any]]:
                 yield f".<closure {name}>", cell.cell_contents
             except ValueError:
                 continue
+        names = obj.__code__.co_varnames[: obj.__code__.co_argcount][-len(obj.__defaults__ or ()) :]
+        defaults = {**dict(zip(names, obj.__defaults__ or (), strict=False)), **(obj.__kwdefaults__ or {})}
+        yield from ((f".<default {name}>", value) for name, value in defaults.items())
     if isinstance(obj, (type, type(torch), torch.fx.Graph)):  # a graph's tensors are fake ones
         return
     if isinstance(obj, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
@@ -570,7 +592,9 @@ def follow(obj: object, path: str) -> Any:
 def _unpicklable(obj: object, leave_out: tuple[type, ...], objects: Sequence[object], error: Exception) -> TypeError:
     def fails(part: object) -> Exception | None:
         try:
-            _Pickler(io.BytesIO(), leave_out, objects).dump(part)
+            _Pickler(io.BytesIO(), leave_out, objects, _script.Scripts()).dump(part)
+        except _script.BeginAgain:
+            return None
         except Exception as failure:
             return failure
         return None
@@ -592,6 +616,17 @@ def _unpicklable(obj: object, leave_out: tuple[type, ...], objects: Sequence[obj
     )
 
 
+def _pickled_by_value(obj: object) -> Iterator[tuple[str, Any]]:
+    """Yield what else a pickler of classes and functions may find: a class, its attributes, a function's globals."""
+    if isinstance(obj, types.FunctionType):
+        used = (name for name in obj.__code__.co_names if name in obj.__globals__)
+        yield from ((f".<global {name}>", obj.__globals__[name]) for name in used)
+    elif isinstance(obj, type):
+        yield from ((f".{name}", value) for name, value in list(obj.__dict__.items()))
+    else:
+        yield ".__class__", type(obj)
+
+
 def _deepest(
     obj: object, fails: Callable[[object], Exception | None], error: Exception
 ) -> tuple[str, object, Exception]:
@@ -599,7 +634,7 @@ def _deepest(
     path, current, reason = "", obj, error
     seen = {id(obj)}
     while True:
-        for step, child in children(current):
+        for step, child in itertools.chain(children(current), _pickled_by_value(current)):
             if id(child) in seen or isinstance(child, _LEAVES):
                 continue
             failure = fails(child)

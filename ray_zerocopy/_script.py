@@ -48,7 +48,9 @@ from torch.jit._script import OrderedModuleDict, RecursiveScriptModule
 __all__ = [
     "KEEP_FLAGS",
     "Asked",
+    "BeginAgain",
     "Script",
+    "Scripts",
     "baked_bytes",
     "named_tensors",
     "rebuild_script",
@@ -85,6 +87,66 @@ class _Signature(NamedTuple):
 
     name: str
     source: str | None
+
+
+class BeginAgain(Exception):
+    """Parts of a script module, or its methods, were pickled before it was met: start over, now that it is known."""
+
+
+class Scripts:
+    """The script modules of one pickle: a part of one, wherever it is held, is reduced to a path in the whole."""
+
+    def __init__(self) -> None:
+        self._places: dict[int, tuple[ScriptModule, str]] = {}  # by the C++ object: Python has several for one
+        self._stand_ins: set[int] = set()
+        self._reduced: set[int] = set()
+
+    def begin_again(self) -> None:
+        """Forget what has been reduced, but not what has been met."""
+        self._reduced.clear()
+
+    def add(self, module: ScriptModule) -> None:
+        """Take note of a module and its parts."""
+        number = hash(module._c)
+        known = self._places.get(number)
+        if known is not None and (known[0] is module or number not in self._stand_ins):
+            return
+        self._stand_ins.discard(number)
+        parts = {hash(part._c): (module, path) for path, part in module.named_modules()}
+        self._places |= parts
+        if known is not None or not self._reduced.isdisjoint(parts):
+            raise BeginAgain
+
+    def reduce(self, module: ScriptModule) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Return what `reduce_script` does, or where in a larger module this one is."""
+        self.add(module)
+        whole, path = self._places[hash(module._c)]
+        if whole is not module:
+            return _part_of, (whole, path)
+        self._reduced.add(hash(module._c))
+        return reduce_script(module)
+
+    def reduce_method(self, method: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Describe a module's method by the module and its name."""
+        number = hash(method.owner)
+        if number not in self._places:
+            stand_in = torch.jit._recursive.wrap_cpp_module(method.owner)  # type: ignore[no-untyped-call]
+            try:
+                self.add(stand_in)
+            finally:
+                self._stand_ins.add(number)
+        whole, path = self._places[number]
+        return _method, (whole, path, method.name)
+
+
+def _part_of(whole: ScriptModule, path: str) -> Any:
+    for name in path.split(".") if path else ():
+        whole = whole._modules[name]  # type: ignore[assignment]
+    return whole
+
+
+def _method(whole: ScriptModule, path: str, name: str) -> Any:
+    return getattr(_part_of(whole, path), name)
 
 
 class Script(NamedTuple):
@@ -441,9 +503,7 @@ def rebuild_script(
     # The compiled code of graphs with shared constants is kept for as long as a module made with it lives.
     module.__dict__["_compiled"] = compiled
     for path, state in python_state.items():
-        part = module
-        for child in path.split(".") if path else ():
-            part = part._modules[child]
+        part = _part_of(module, path)
         for name, value in state.items():
             if isinstance(value, _Method):
                 part.__dict__[name] = types.MethodType(value.function, part)

@@ -26,6 +26,8 @@ __all__ = ["Loaded", "ModelRef", "format_bytes", "get", "put"]
 # Bytes of buffers in one object of the store. Another node fetches an object from a node that has all of it,
 # so a large model in several objects spreads over the nodes while it is still arriving.
 OBJECT_BYTES = 4 << 30
+# What Ray itself must pickle, in an object of the store: it counts who holds them.
+CARRIED = (ray.ObjectRef, ActorHandle)
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def put(model: object, name: str | None = None) -> ModelRef:
             "an ObjectRef was given where a model is to be shared. Give the model itself: "
             "ray.get(ref) first if it is in the store."
         )
-    parts = _graph.take_apart(model, leave_out=(ray.ObjectRef, ActorHandle))
+    parts = _graph.take_apart(model, leave_out=CARRIED)
     packed = _layout.pack(parts.tensors, parts.arrays)
     layout = packed.layout
     header = pickle.dumps((layout, parts.skeleton), protocol=5)

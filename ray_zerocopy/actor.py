@@ -24,7 +24,7 @@ __all__ = [
     "rewrite_pipeline_for_actors",
 ]
 
-MODEL_TYPES = (torch.nn.Module, torch.jit.ScriptFunction)
+MODEL_TYPES = (torch.nn.Module, torch.jit.ScriptFunction, torch.export.ExportedProgram)
 
 
 def prepare_model_for_actors(model: object) -> ModelRef:
@@ -115,7 +115,7 @@ class PipelineSkeleton:
 
     Attributes:
         class_name: The class of the pipeline.
-        models: Where its models are in it, such as `.encoder` or `.stages[0]`.
+        models: Where its models are in it, such as `.encoder` or `.stages[0]`; empty for one that has tensors only.
     """
 
     class_name: str
@@ -127,7 +127,7 @@ class PipelineSkeleton:
     def __repr__(self) -> str:
         rest = sum(map(len, self._rest[1])) if self._rest else 0
         size = _store.format_bytes(len(self._stream) + rest)
-        return f"PipelineSkeleton({self.class_name} without {', '.join(self.models)}; {size})"
+        return f"PipelineSkeleton({self.class_name} without {', '.join(self.models) or 'its tensors'}; {size})"
 
 
 def rewrite_pipeline_for_actors(
@@ -136,7 +136,8 @@ def rewrite_pipeline_for_actors(
     """Put the models of a pipeline into Ray's object store, and return the pipeline without them and a handle.
 
     A pipeline is any object with models in it, wherever they are: attributes, slots, lists, dicts, nested objects,
-    bound methods of models. It is not changed, and none of its properties is run.
+    bound methods of models. What tensors and numpy arrays it has beside its models, or in place of any, are shared
+    with them. It is not changed, and none of its properties is run.
 
     Args:
         pipeline: The object, such as a Hugging Face `pipeline()`.
@@ -146,11 +147,12 @@ def rewrite_pipeline_for_actors(
 
     Returns:
         The skeleton and the handle for `load_pipeline_in_actor`. One model under two names is stored once, and
-        tensors tied across models stay tied, so all models are behind one handle.
+        tensors tied across models stay tied, so all models are behind one handle. A part of a TorchScript module
+        that is held separately as well stays that part.
 
     Raises:
         TypeError: A part cannot be pickled, or a name in `model_attr_names` is not a model.
-        ValueError: The pipeline has no models, or a name in `model_attr_names` is not in it.
+        ValueError: The pipeline has neither models nor tensors, or a name in `model_attr_names` is not in it.
         ZeroCopyError: The store of this node is too small; nothing has been put.
 
     Example:
@@ -164,22 +166,28 @@ def rewrite_pipeline_for_actors(
     """
     name = type(pipeline).__name__
     found = find_models(pipeline)
-    if not found:
-        raise ValueError(f"{name} has no models in it to share. Any other object goes to workers as it is.")
     token = uuid.uuid4().hex
     rest = None
     if model_attr_names is None:
-        parts = _graph.take_apart(pipeline, leave_out=MODEL_TYPES)
+        parts = _graph.take_apart(pipeline, leave_out=(*MODEL_TYPES, *_store.CARRIED))
         shared = _Models(token, parts.carried, parts.tensors, [_as_array(array) for array in parts.arrays])
         kept = {id(model) for model in parts.carried}
         found = [(path, model) for path, model in found if id(model) in kept]  # a __getstate__ may drop some
+        if not (any(isinstance(p, MODEL_TYPES) for p in parts.carried) or parts.tensors or parts.arrays):
+            raise ValueError(
+                f"{name} has no models in it to share, and no tensors. Any other object goes to workers as it is."
+            )
     else:
         found = _named(pipeline, model_attr_names, found)
-        parts = _graph.take_apart(pipeline, objects=[model for _, model in found])
+        parts = _graph.take_apart(pipeline, _store.CARRIED, [model for _, model in found])
         shared = _Models(token, parts.carried, [], [])
         packed = _layout.pack(parts.tensors, parts.arrays)
         rest = (packed.layout, [bytes(buffer.memory()) for buffer in packed.buffers])  # copy: not to be shared
-    refs = _store.put(shared, name=f"models of {name}")
+    try:
+        refs = _store.put(shared, name=f"models of {name}")
+    except TypeError:
+        _graph.take_apart(pipeline, leave_out=_store.CARRIED)  # fails likewise, and says where in the pipeline
+        raise
     return PipelineSkeleton(name, tuple(path for path, _ in found), token, parts.skeleton, rest), refs
 
 

@@ -8,6 +8,7 @@ import contextlib
 import copy
 import copyreg
 import functools
+import gc
 import io
 import os
 import subprocess
@@ -40,6 +41,7 @@ from ray_zerocopy import (
 
 def known_objects() -> int:
     """Return how many objects this process holds references to, as Ray counts them."""
+    gc.collect()
     return len(ray._private.worker.global_worker.core_worker.get_all_reference_counts())
 
 
@@ -228,6 +230,24 @@ def lambda_with_lock() -> Any:
     return lambda: lock
 
 
+def hook_with_lock() -> Any:
+    return lambda module, args, output, lock=threading.Lock(): None  # noqa: B008
+
+
+def function_of_a_notebook() -> Any:
+    """Return a function that is pickled by value, as those of `__main__` are, and uses a global lock."""
+    names: dict[str, Any] = {"__name__": "__main__", "LOCK": threading.Lock()}
+    exec("def report(*args):\n    return LOCK", names)
+    return names["report"]
+
+
+def class_with_lock() -> type:
+    class Local:
+        lock = threading.Lock()
+
+    return Local
+
+
 @pytest.mark.parametrize(
     ("place", "path"),
     [
@@ -239,6 +259,16 @@ def lambda_with_lock() -> Any:
         (lambda m: setattr(m[0], "owner", Holder(DEVNULL)), r"Sequential\.0\.owner\.inner is a _io\.TextIO"),
         (lambda m: setattr(m, "make", lambda_with_lock()), r"Sequential\.make\.<closure lock> is a _thread\.lock"),
         (lambda m: setattr(m[0], "owner", weakref.ref(m)), r"Sequential\.0\.owner is a weakref\.ReferenceType"),
+        (
+            lambda m: m[0].register_forward_hook(hook_with_lock()),
+            r"Sequential\.0\._forward_hooks\[\d+\]\.<default lock>",
+        ),
+        (lambda m: setattr(m, "report", function_of_a_notebook()), r"Sequential\.report\.<global LOCK> is a _thread"),
+        (
+            lambda m: setattr(m, "owner", class_with_lock()()),
+            r"Sequential\.owner\.__class__\.lock is a _thread\.lock",
+        ),
+        (lambda m: setattr(m, "seen", {1: 2, weakref.ref(m): 3}), r"Sequential\.seen\.keys\(\)\[1\] is a weakref"),
         (lambda m: setattr(m, "steps", (i for i in range(3))), r"Sequential\.steps is a builtins\.generator"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import ray
 import torch
 from describe import describe
-from models import CASES
+from models import CASES, quietly
 from torch import nn
 
 from ray_zerocopy import (
@@ -262,3 +263,98 @@ def test_handles_of_other_pipelines(ray_session: None) -> None:
         load_model_in_actor(ref_of_one)
     with pytest.raises(ValueError, match="model_attr_names is empty"):
         rewrite_pipeline_for_actors({"m": nn.Linear(2, 2)}, model_attr_names=[])
+
+
+def test_tensors_without_a_model(ray_session: None) -> None:
+    """Tensors and arrays are shared where there is no model too; an object with neither is refused."""
+    source = {"table": torch.randn(1000, 100), "array": np.arange(50_000), "names": ["a"]}
+    skeleton, refs = rewrite_pipeline_for_actors(source)
+    assert skeleton.models == ()
+    assert repr(skeleton).startswith("PipelineSkeleton(dict without its tensors; ")
+    assert len(ray.cloudpickle.dumps(skeleton)) < 2000
+    assert refs.nbytes >= 400_000 + 400_000
+    loaded = load_pipeline_in_actor(skeleton, refs)
+    assert torch.equal(loaded["table"], source["table"])
+    assert memory.model_memory(loaded).private == 0
+    with pytest.raises(ValueError, match="no models in it to share, and no tensors"):
+        rewrite_pipeline_for_actors({"ref": ray.put(1), "names": ["a"]})
+
+
+def test_an_exported_program_is_a_model(ray_session: None) -> None:
+    """A program of torch.export in a pipeline is one model, at its own path."""
+    program = torch.export.export(nn.Linear(64, 64).eval(), (X,))
+    skeleton, refs = rewrite_pipeline_for_actors({"program": program, "same": program, "other": nn.Linear(2, 2)})
+    assert skeleton.models == ("['program']", "['other']")
+    loaded = load_pipeline_in_actor(skeleton, refs)
+    assert loaded["program"] is loaded["same"]
+    assert torch.equal(loaded["program"].module()(X), program.module()(X))
+    skeleton, _ = rewrite_pipeline_for_actors({"program": program}, model_attr_names=["['program']"])
+    assert skeleton.models == ("['program']",)
+
+
+@pytest.mark.parametrize("names", [None, ["encoder"]])
+def test_an_error_names_the_path_from_the_pipeline(names: Any, ray_session: None) -> None:
+    """What cannot be pickled inside a model of a pipeline is named as the user writes it."""
+    source = Pipeline()
+    source.encoder[0].lock = threading.Lock()
+    with pytest.raises(TypeError, match=r"^Pipeline cannot be shared: Pipeline\.encoder\.0\.lock is a _thread\.lock"):
+        rewrite_pipeline_for_actors(source, model_attr_names=names)
+
+
+class Recognizer(nn.Module):
+    """A module of two parts, to be scripted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(64, 64), nn.ReLU())
+        self.decoder = nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.decoder(self.encoder(x))
+
+    @torch.jit.export
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return self.encoder(x)
+
+
+@pytest.mark.parametrize("order", [0, 1])
+def test_a_part_of_a_scripted_model_stays_its_part(order: int, ray_session: None) -> None:
+    """A submodule of TorchScript, and a bound method, held beside the whole come back as the whole's own."""
+    whole = quietly(lambda: torch.jit.script(Recognizer()))
+    whole.note = "kept"
+    held = {
+        "deep": getattr(whole.encoder, "0"),
+        "run": whole.encode,
+        "part": whole.encoder,
+        "whole": whole,
+        "module": [whole],
+    }
+    source = dict(list(held.items())[:: 1 - 2 * order])
+    skeleton, refs = rewrite_pipeline_for_actors(source)
+    alone = prepare_model_for_actors(whole)
+    assert refs.nbytes <= alone.nbytes + 256
+    for loaded in (load_pipeline_in_actor(skeleton, refs), load_model_in_actor(prepare_model_for_actors(source))):
+        assert loaded["part"] is loaded["whole"].encoder
+        assert loaded["deep"] is getattr(loaded["whole"].encoder, "0")
+        assert loaded["module"][0] is loaded["whole"]
+        assert loaded["whole"].note == "kept"
+        assert torch.equal(loaded["run"](X), whole.encode(X))
+        loaded["deep"].weight.data.zero_()
+        loaded["deep"].bias.data.fill_(3)
+        assert torch.equal(loaded["run"](X), torch.full((3, 64), 3.0))
+    alone = load_pipeline_in_actor(*rewrite_pipeline_for_actors([whole.encode]))
+    assert torch.equal(alone[0](X), whole.encode(X))
+
+
+def test_object_refs_and_actors_in_a_pipeline(two_actors: list[Any]) -> None:
+    """An ObjectRef and an actor's handle in a pipeline travel by Ray's hand, and keep what they stand for."""
+    source = {"model": nn.Linear(2, 2), "data": ray.put(np.arange(1000)), "actor": two_actors[1]}
+    for names in (None, ["['model']"]):
+        skeleton, refs = rewrite_pipeline_for_actors(source, model_attr_names=names)
+        assert skeleton.models == ("['model']",)
+
+        def run(skeleton: Any, refs: Any) -> Any:
+            loaded = load_pipeline_in_actor(skeleton, refs)
+            return ray.get(loaded["data"])[999], ray.get(loaded["actor"].run.remote(int))
+
+        assert ray.get(two_actors[0].run.remote(run, skeleton, refs)) == (999, 0)
