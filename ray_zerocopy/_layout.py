@@ -35,6 +35,7 @@ __all__ = [
     "Slice",
     "View",
     "pack",
+    "reachable",
     "unpack",
     "unpack_arrays",
 ]
@@ -122,27 +123,11 @@ def pack(tensors: Sequence[torch.Tensor], arrays: Sequence[pickle.PickleBuffer] 
     Every distinct storage is kept once. The buffers are views of the sources' own memory but for the small
     ones, which are packed when their bytes are asked for, and those on a device, which come to the host.
     """
-    storages: dict[int, int] = {}
-    owners: list[torch.UntypedStorage] = []
-    spans: list[tuple[int, int, int]] = []
-    numbers: list[int] = []
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        number = storages.setdefault(storage._cdata, len(owners))
-        if number == len(owners):
-            owners.append(storage)
-            spans.append((storage.nbytes(), 0, 1))
-        numbers.append(number)
-        low, high = _reach(tensor)
-        if high > low:
-            known_low, known_high, align = spans[number]
-            spans[number] = (min(low, known_low), max(high, known_high), max(align, tensor.element_size()))
-
+    owners, numbers, ranges = reachable(tensors)
     extents: list[_Extent] = []
     begins: list[int] = []
     copied = 0
-    for storage, (low, high, align) in zip(owners, spans, strict=True):
-        low, high = _keep(storage.nbytes(), low, high, align)
+    for storage, (low, high) in zip(owners, ranges, strict=True):
         begins.append(low)
         extent, moved = _extent(storage, low, high)
         copied += moved
@@ -159,6 +144,31 @@ def pack(tensors: Sequence[torch.Tensor], arrays: Sequence[pickle.PickleBuffer] 
     array_slices = [(piece, array.raw().readonly) for piece, array in zip(slices[len(owners) :], arrays, strict=True)]
     layout = Layout([b.nbytes for b in buffers], slices[: len(owners)], views, array_slices)
     return Packed(layout, buffers, copied)
+
+
+def reachable(
+    tensors: Sequence[torch.Tensor],
+) -> tuple[list[torch.UntypedStorage], list[int], list[tuple[int, int]]]:
+    """Return the storages under `tensors`, the number of each tensor's, and the bytes to keep of each storage."""
+    storages: dict[int, int] = {}
+    owners: list[torch.UntypedStorage] = []
+    spans: list[tuple[int, int, int]] = []
+    numbers: list[int] = []
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        number = storages.setdefault(storage._cdata, len(owners))
+        if number == len(owners):
+            owners.append(storage)
+            spans.append((storage.nbytes(), 0, 1))
+        numbers.append(number)
+        low, high = _reach(tensor)
+        if high > low:
+            known_low, known_high, align = spans[number]
+            spans[number] = (min(low, known_low), max(high, known_high), max(align, tensor.element_size()))
+    ranges = [
+        _keep(storage.nbytes(), low, high, align) for storage, (low, high, align) in zip(owners, spans, strict=True)
+    ]
+    return owners, numbers, ranges
 
 
 def _reach(tensor: torch.Tensor) -> tuple[int, int]:

@@ -45,6 +45,8 @@ import torch
 from torch.jit import ScriptFunction, ScriptModule
 from torch.jit._script import OrderedModuleDict, RecursiveScriptModule
 
+from . import _layout
+
 __all__ = [
     "KEEP_FLAGS",
     "Asked",
@@ -199,6 +201,9 @@ def reduce_script(module: ScriptModule | ScriptFunction[Any, Any]) -> tuple[Call
 def _take_apart(cpp: Any, function: _Signature | None) -> tuple[Script, list[Tensor]]:
     _refuse_packed_for_mkldnn(cpp)
     constants = list(_constants(cpp))
+    plain = function is None and all(_is_plain(value) for value in _attributes(cpp))
+    if plain and not constants:
+        cpp = _compacted(cpp)
     stream = io.BytesIO()
     writer = torch._C.PyTorchFileWriter(stream)
     serializer = torch._C.ScriptModuleSerializer(writer)
@@ -221,22 +226,14 @@ def _take_apart(cpp: Any, function: _Signature | None) -> tuple[Script, list[Ten
 
     tensors: list[Tensor] = []
     whole: dict[int, int] = {}
-    plain = function is None
     seen: set[int] = set()
-    for value in _attributes(cpp):
-        if not isinstance(value, Tensor):
-            plain = plain and (value is None or type(value) in (bool, int, float, str))
-            for tensor in within(value):
-                enter(tensor)
-        elif value._cdata not in seen:
-            seen.add(value._cdata)
-            number = enter(value)
-            if number == -1 or value.is_quantized or value.is_conj() or value.is_neg():
-                plain = False
-                continue
-            if value.is_contiguous() and value.nbytes == found[number].nbytes():
+    for tensor in _tensors(cpp):
+        number = enter(tensor)
+        if plain and tensor._cdata not in seen:
+            seen.add(tensor._cdata)
+            if tensor.is_contiguous() and tensor.nbytes == found[number].nbytes():
                 whole.setdefault(number, len(tensors))
-            tensors.append(_twin(value))
+            tensors.append(_view(tensor, tensor.untyped_storage(), tensor.storage_offset()))
     first = len(found)
     entered = [enter(tensor) for tensor, _ in constants]
     apart = not any(0 <= number < first for number in entered)
@@ -283,11 +280,38 @@ def _take_apart(cpp: Any, function: _Signature | None) -> tuple[Script, list[Ten
     return script, tensors
 
 
-def _twin(tensor: Tensor) -> Tensor:
-    """Return a tensor of its own over the same bytes."""
-    twin = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    twin.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
-    return twin.requires_grad_(tensor.requires_grad)
+def _is_plain(value: object) -> bool:
+    """Tell whether an attribute is what `_write_down` can make: a number, a string, or a tensor that is a view."""
+    if not isinstance(value, Tensor):
+        return value is None or type(value) in (bool, int, float, str)
+    own = value.layout is torch.strided and torch._C._has_storage(value) and not value.is_nested
+    return own and not (value.is_meta or value.is_quantized or value.is_conj() or value.is_neg())
+
+
+def _view(tensor: Tensor, storage: torch.UntypedStorage, offset: Any) -> Tensor:
+    """Return a tensor as `tensor` is over another storage, or a second one over the same."""
+    view = torch.empty(0, dtype=tensor.dtype, device=storage.device)
+    return view.set_(storage, offset, tensor.shape, tensor.stride()).requires_grad_(tensor.requires_grad)
+
+
+def _compacted(cpp: Any) -> Any:
+    """Return the module, or one like it in which storages of which little is reachable are cut down to that."""
+    tensors = list({tensor._cdata: tensor for tensor in _tensors(cpp)}.values())
+    storages, numbers, ranges = _layout.reachable(tensors)
+    pieces: dict[int, torch.UntypedStorage] = {}
+    for number, (storage, (low, high)) in enumerate(zip(storages, ranges, strict=True)):
+        if high - low < storage.nbytes():
+            reached = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, low, (high - low,), (1,))
+            pieces[number] = reached.clone().untyped_storage()  # copy: the small part
+    if not pieces:
+        return cpp
+    others = []
+    for tensor, number in zip(tensors, numbers, strict=True):
+        if number in pieces:
+            offset = tensor.storage_offset() - ranges[number][0] // tensor.element_size() if tensor.numel() else 0
+            tensor = _view(tensor, pieces[number], offset)
+        others.append(tensor)
+    return _write_down(cpp, tensors)(others)
 
 
 def _refuse_packed_for_mkldnn(cpp: Any) -> None:

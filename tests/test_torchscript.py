@@ -139,3 +139,33 @@ def test_few_compiled_models_are_kept(ray_session: None) -> None:
         load_model_in_actor(ref)
     assert len(_script._kept) <= _script.MOST_COMPILED
     assert torch.equal(load_model_in_actor(refs[0])(X), source(X))
+
+
+class Slices(nn.Module):
+    """Two Parameters of a large storage, which overlap, and a buffer of another type over it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        large = torch.randn(100_000)
+        self.one = nn.Parameter(large[50_001:50_009])
+        self.two = nn.Parameter(large[50_005:50_013])
+        self.register_buffer("bits", large.view(torch.int32)[50_006:50_010])
+        self.register_buffer("empty", torch.randn(1000)[7:7])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.one + self.two + self.bits.sum()
+
+
+def test_a_slice_is_stored_as_the_slice(ray_session: None) -> None:
+    """Small parts of large storages in TorchScript are stored as the bytes they are, ties kept."""
+    source = quietly(lambda: torch.jit.script(Slices()))
+    parts = _graph.take_apart(source)
+    ref = prepare_model_for_actors(source)
+    assert ref.nbytes <= sum(a.raw().nbytes for a in parts.arrays) + 512
+    for _ in range(3):
+        loaded = load_model_in_actor(ref, keep_flags=True)
+        assert describe(loaded) == describe(source)
+        assert torch.equal(loaded(X), source(X))
+    with torch.no_grad():
+        loaded.one[4:] = 0
+    assert loaded.two[0] == loaded.bits[0] == 0
