@@ -181,6 +181,8 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
                 return _reduce_decorated(obj)
             if kind is Tensor and obj.is_quantized:
                 return _reduce_quantized(obj)
+            if kind is Tensor and obj.requires_grad and obj.layout is not torch.strided:
+                return Tensor.requires_grad_, (obj.detach(),), dict(obj.__dict__), None, None, _set_attributes
             return NotImplemented
         elif kind is torch.jit.ScriptFunction:
             return _script.reduce_script(obj)

@@ -156,7 +156,8 @@ class Script(NamedTuple):
 
     `code` is an archive with everything but storages, `objects` the same without code. `flagged` says whether
     they have a second set of objects in which tensors require gradients and modules train. `plain` says whether all
-    attributes are modules, ordinary tensors, numbers and strings. `cache` is 'strong' where the compiled
+    attributes are modules, ordinary tensors, numbers and strings; `mixed`, whether tensors of several dtypes are over
+    one storage, which torch reads as one dtype. `cache` is 'strong' where the compiled
     code may outlive the modules made with it, 'weak' where it holds shared tensors (graph constants), and 'none'
     where a method writes to them, so that each module needs its own. `storages` has, for each storage of the
     archives, which of the tensors beside it reaches all of it. Of the storages, those from
@@ -169,6 +170,7 @@ class Script(NamedTuple):
     objects: Any
     flagged: bool
     plain: bool
+    mixed: bool
     cache: str
     storages: list[int]
     baked: int
@@ -209,6 +211,7 @@ def _take_apart(cpp: Any, function: _Signature | None) -> tuple[Script, list[Ten
     serializer = torch._C.ScriptModuleSerializer(writer)
     known: Any = serializer.storage_context()
     found: list[torch.UntypedStorage] = []
+    dtypes: list[set[torch.dtype]] = []
 
     def enter(tensor: Tensor) -> int:
         """Return the number of the tensor's storage; -1 if it has no bytes to share."""
@@ -222,6 +225,8 @@ def _take_apart(cpp: Any, function: _Signature | None) -> tuple[Script, list[Ten
         number: int = known.get_or_add_storage(storage)
         if number == len(found):
             found.append(storage)
+            dtypes.append(set())
+        dtypes[number].add(tensor.dtype)
         return number
 
     tensors: list[Tensor] = []
@@ -238,6 +243,12 @@ def _take_apart(cpp: Any, function: _Signature | None) -> tuple[Script, list[Ten
     entered = [enter(tensor) for tensor, _ in constants]
     apart = not any(0 <= number < first for number in entered)
     last = len(found)
+    mixed = any(len(known) > 1 for known in dtypes)
+    if mixed and (constants or not plain):
+        raise ValueError(
+            f"a {cpp.qualified_name} has tensors of different dtypes over one storage, of which torch.jit.save "
+            f"writes one dtype only: clone one of them"
+        )
     small = apart and sum(storage.nbytes() for storage in found[first:]) <= SMALL_CONSTANTS
     serializer.serialize(_held(cpp), 0)
     serializer.write_files()
@@ -276,7 +287,9 @@ def _take_apart(cpp: Any, function: _Signature | None) -> tuple[Script, list[Ten
     objects |= {_DATA.format(n): records[_DATA.format(n)] for n in range(1 + flagged)}
     # Out of the skeleton, which every load reads: these are read twice in a process.
     archives = pickle.PickleBuffer(_archive(records)), pickle.PickleBuffer(_archive(objects))
-    script = Script(uuid.uuid4().bytes, *archives, flagged, plain, cache, storages, first, last, private, function)
+    script = Script(
+        uuid.uuid4().bytes, *archives, flagged, plain, mixed, cache, storages, first, last, private, function
+    )
     return script, tensors
 
 
@@ -513,10 +526,12 @@ def rebuild_script(
             if compiled is None:
                 compiled = _Compiled(torch._C.CompilationUnit())
             cpp = _read(compiled.unit, script, tensors, device, number, fresh)
+            if script.plain and (script.mixed or not fresh):
+                compiled.again = _write_down(cpp, tensors)
+            if script.mixed and compiled.again is not None:
+                cpp = compiled.again(tensors)
             if script.cache != "none":
                 _compiled[key] = compiled
-                if script.plain and not fresh:
-                    compiled.again = _write_down(cpp, tensors)
         if script.cache == "strong":
             _keep(key, compiled)
     if script.function is not None:
@@ -578,7 +593,9 @@ def _write_down(cpp: Any, tensors: list[Tensor]) -> Callable[[list[Tensor]], Any
     """Return a function that makes a module as `cpp` is one of `tensors`, of others in their places."""
     places: dict[Any, list[int]] = {}
     for place, tensor in reversed(list(enumerate(tensors))):
-        places.setdefault(_view_of(tensor), []).append(place)
+        places.setdefault(_place_of(tensor), []).append(place)
+    in_cpp = {tensor._cdata: tensor for tensor in _tensors(cpp)}
+    numbers = {known: places[_place_of(tensor)].pop() for known, tensor in in_cpp.items()}
     graph: Any = torch._C.Graph()
     given = graph.addInput()
     given.setType(torch._C.ListType.ofTensors())
@@ -589,12 +606,12 @@ def _write_down(cpp: Any, tensors: list[Tensor]) -> Callable[[list[Tensor]], Any
 
     def value_of(held: Any) -> Any:
         is_tensor = isinstance(held, Tensor)
-        key = held._cdata if is_tensor else (type(held), repr(held))
+        key: Any = held._cdata if is_tensor else (type(held), repr(held))
         if key not in values:
             values[key] = unpack.addOutput() if is_tensor else graph.insertConstant(held)
             if is_tensor:
                 values[key].setType(torch._C.TensorType.get())
-                order.append(places[_view_of(held)].pop())
+                order.append(numbers[key])
         return values[key]
 
     def object_of(module: Any) -> Any:
@@ -624,9 +641,10 @@ def _write_down(cpp: Any, tensors: list[Tensor]) -> Callable[[list[Tensor]], Any
     return again
 
 
-def _view_of(tensor: Tensor) -> Any:
+def _place_of(tensor: Tensor) -> Any:
+    # Without the dtype, see `Script.mixed`: what is alike then comes in one order.
     place = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.requires_grad)
-    return (tensor.untyped_storage()._cdata, tensor.dtype, *place)
+    return (tensor.untyped_storage()._cdata, *place)
 
 
 def _exchange(cpp: Any, places: dict[int, torch.UntypedStorage], constants: bool) -> None:

@@ -449,6 +449,7 @@ def sparse_and_quantized() -> Any:
         return {
             "coo": torch.eye(8).to_sparse(),
             "csr": torch.eye(8).to_sparse_csr(),
+            "trained": torch.eye(8).to_sparse_csr().requires_grad_(),
             "bsr": torch.eye(8).to_sparse_bsr((2, 2)),
             "nested": torch.nested.nested_tensor([torch.randn(2), torch.randn(3)]),
             "jagged": torch.nested.nested_tensor([torch.randn(2, 3), torch.randn(4, 3)], layout=torch.jagged),

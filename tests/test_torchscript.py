@@ -156,6 +156,31 @@ class Slices(nn.Module):
         return x * self.one + self.two + self.bits.sum()
 
 
+def test_dtypes_over_one_storage(ray_session: None) -> None:
+    """Tensors of two dtypes over one storage keep both, and are refused where torch would make them one."""
+    weight = torch.randn(8)
+
+    class Two(nn.Module):
+        def __init__(self, more: bool) -> None:
+            super().__init__()
+            self.register_buffer("bits", weight.view(torch.int32))
+            self.weight = nn.Parameter(weight)
+            if more:
+                self.table = {"a": torch.randn(2)}
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.weight + self.bits
+
+    source = quietly(lambda: torch.jit.script(Two(False)))
+    ref = prepare_model_for_actors(source)
+    for _ in range(3):
+        loaded = load_model_in_actor(ref, keep_flags=True)
+        assert describe(loaded) == describe(source)
+        assert torch.equal(loaded(X), source(X))
+    with pytest.raises(TypeError, match=r"different dtypes over one storage.*clone one of them"):
+        prepare_model_for_actors(quietly(lambda: torch.jit.script(Two(True))))
+
+
 def test_a_slice_is_stored_as_the_slice(ray_session: None) -> None:
     """Small parts of large storages in TorchScript are stored as the bytes they are, ties kept."""
     source = quietly(lambda: torch.jit.script(Slices()))
