@@ -29,7 +29,7 @@ import transformers
 from ray_zerocopy import load_model_in_actor, prepare_model_for_actors
 
 warnings.simplefilter("ignore")
-ROUNDS, LOADS = 5, 40
+ROUNDS, LOADS = 3, 40
 IDS = torch.arange(64)[None]
 X = torch.randn(2, 8)
 

@@ -30,7 +30,6 @@ import functools
 import gc
 import inspect
 import io
-import itertools
 import pickle
 import sys
 import time
@@ -536,12 +535,7 @@ def children(obj: object) -> Iterator[tuple[str, Any]]:
     except AttributeError:
         attributes = None
     if isinstance(attributes, dict):
-        of_module = isinstance(obj, torch.nn.Module)
-        for name, value in list(attributes.items()):
-            if of_module and name in ("_parameters", "_buffers", "_modules"):
-                yield from ((f".{key}", held) for key, held in list(value.items()))
-            else:
-                yield f".{name}", value
+        yield from _named(obj, attributes)
     for kind in type(obj).__mro__:
         if "__slots__" not in kind.__dict__:
             continue
@@ -551,6 +545,15 @@ def children(obj: object) -> Iterator[tuple[str, Any]]:
                     yield f".{_unmangled(kind, name)}", slot.__get__(obj)
                 except AttributeError:  # never set
                     continue
+
+
+def _named(obj: object, attributes: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    of_module = isinstance(obj, torch.nn.Module)
+    for name, value in list(attributes.items()):
+        if of_module and name in ("_parameters", "_buffers", "_modules"):
+            yield from ((f".{key}", held) for key, held in list(value.items()))
+        else:
+            yield f".{name}", value
 
 
 def _unmangled(kind: type, name: str) -> str:
@@ -618,15 +621,30 @@ def _unpicklable(obj: object, leave_out: tuple[type, ...], objects: Sequence[obj
     )
 
 
-def _pickled_by_value(obj: object) -> Iterator[tuple[str, Any]]:
-    """Yield what else a pickler of classes and functions may find: a class, its attributes, a function's globals."""
+def _pickled_of(obj: object) -> Iterator[tuple[str, Any]]:
+    """Yield what a pickler goes on to from `obj`, with paths: its children and more, or its own choice of them."""
+    kind: Any = type(obj)
+    if isinstance(obj, torch.jit.ScriptModule):
+        for path, state in _script.python_state(obj).items():
+            yield from ((f".{path}.{name}" if path else f".{name}", value) for name, value in state.items())
+        return
+    if _has_default_reduce(kind) and "__getstate__" in dir(kind) and not isinstance(obj, type):
+        own = kind.__getstate__
+        if own is not getattr(object, "__getstate__", None) and own is not getattr(
+            torch.nn.Module, "__getstate__", 0
+        ):
+            state = own(obj)
+            if isinstance(state, dict):
+                yield from _named(obj, state)
+                return
+    yield from children(obj)
     if isinstance(obj, types.FunctionType):
         used = (name for name in obj.__code__.co_names if name in obj.__globals__)
         yield from ((f".<global {name}>", obj.__globals__[name]) for name in used)
     elif isinstance(obj, type):
-        yield from ((f".{name}", value) for name, value in list(obj.__dict__.items()))
+        yield from _named(obj, dict(obj.__dict__))
     else:
-        yield ".__class__", type(obj)
+        yield ".__class__", kind
 
 
 def _deepest(
@@ -636,7 +654,7 @@ def _deepest(
     path, current, reason = "", obj, error
     seen = {id(obj)}
     while True:
-        for step, child in itertools.chain(children(current), _pickled_by_value(current)):
+        for step, child in _pickled_of(current):
             if id(child) in seen or isinstance(child, _LEAVES):
                 continue
             failure = fails(child)

@@ -55,6 +55,7 @@ __all__ = [
     "Scripts",
     "baked_bytes",
     "named_tensors",
+    "python_state",
     "rebuild_script",
     "reduce_script",
     "within",
@@ -197,7 +198,7 @@ def reduce_script(module: ScriptModule | ScriptFunction[Any, Any]) -> tuple[Call
         script, tensors = _take_apart(holder, signature)
         return rebuild_script, (script, tensors, {}, KEEP_FLAGS)
     script, tensors = _take_apart(module._c, None)
-    return rebuild_script, (script, tensors, _python_state(module), KEEP_FLAGS)
+    return rebuild_script, (script, tensors, python_state(module), KEEP_FLAGS)
 
 
 def _take_apart(cpp: Any, function: _Signature | None) -> tuple[Script, list[Tensor]]:
@@ -483,7 +484,7 @@ def _constants(cpp: Any) -> Iterator[tuple[Tensor, bool]]:
                     yield tensor, aliases.has_writers(value)
 
 
-def _python_state(module: ScriptModule) -> dict[str, dict[str, Any]]:
+def python_state(module: ScriptModule) -> dict[str, dict[str, Any]]:
     """Return, by path, what users have put on the Python side of the modules: attributes, ignored methods."""
     states = {}
     for path, part in module.named_modules():

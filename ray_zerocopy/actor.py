@@ -127,7 +127,8 @@ class PipelineSkeleton:
     def __repr__(self) -> str:
         rest = sum(map(len, self._rest[1])) if self._rest else 0
         size = _store.format_bytes(len(self._stream) + rest)
-        return f"PipelineSkeleton({self.class_name} without {', '.join(self.models) or 'its tensors'}; {size})"
+        gone = ", ".join(path or "itself" for path in self.models) or "its tensors"
+        return f"PipelineSkeleton({self.class_name} without {gone}; {size})"
 
 
 def rewrite_pipeline_for_actors(
@@ -245,7 +246,10 @@ def find_models(pipeline: object) -> list[tuple[str, Any]]:
 def _named(pipeline: object, names: Iterable[str], found: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
     there = f"Its models are: {', '.join(path.lstrip('.') for path, _ in found)}."
     chosen: dict[int, tuple[str, Any]] = {}
-    for name in [names] if isinstance(names, str) else names:
+    listed = [names] if isinstance(names, str) else list(names) if isinstance(names, Iterable) else [names]
+    for name in listed:
+        if not isinstance(name, str):
+            raise TypeError(f"model_attr_names has {name!r}, which is not a name. {there}")
         path = name if name.startswith((".", "[")) else f".{name}"
         try:
             part = _graph.follow(pipeline, path.replace('"', "'"))

@@ -241,6 +241,23 @@ def function_of_a_notebook() -> Any:
     return names["report"]
 
 
+class Chooser:
+    """Leaves out one lock by its __getstate__, and not the other."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.kept = {"deep": threading.Lock()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"kept": self.kept}
+
+
+def script_with_lock() -> Any:
+    scripted = quietly(lambda: torch.jit.script(nn.Sequential(nn.Linear(2, 2))))
+    getattr(scripted, "0").lock = threading.Lock()
+    return scripted
+
+
 def class_with_lock() -> type:
     class Local:
         lock = threading.Lock()
@@ -269,6 +286,8 @@ def class_with_lock() -> type:
             r"Sequential\.owner\.__class__\.lock is a _thread\.lock",
         ),
         (lambda m: setattr(m, "seen", {1: 2, weakref.ref(m): 3}), r"Sequential\.seen\.keys\(\)\[1\] is a weakref"),
+        (lambda m: setattr(m, "owner", Chooser()), r"Sequential\.owner\.kept\['deep'\] is a _thread\.lock"),
+        (lambda m: m.append(script_with_lock()), r"Sequential\.2\.0\.lock is a _thread\.lock"),
         (lambda m: setattr(m, "steps", (i for i in range(3))), r"Sequential\.steps is a builtins\.generator"),
     ],
 )

@@ -164,6 +164,8 @@ def test_names_narrow_what_is_shared(ray_session: None) -> None:
         (["labels"], TypeError, r"'labels' of Pipeline is of type list, not a model"),
         ("stages[7].model", ValueError, r"no part 'stages\[7\].model'"),
         (["expensive"], ValueError, "no part 'expensive'"),
+        ([3], TypeError, "model_attr_names has 3, which is not a name. Its models are: encoder"),
+        (5, TypeError, "model_attr_names has 5, which is not a name"),
     ],
 )
 def test_wrong_names(names: Any, error: type[Exception], words: str, ray_session: None) -> None:
