@@ -1,6 +1,6 @@
 """Zero-copy model loading for PyTorch in Ray: N workers on a node, one copy of the weights."""
 
-from . import actor, memory
+from . import actor, invoke, memory
 from ._store import ModelRef
 from .actor import (
     load_model_in_actor,
@@ -18,6 +18,7 @@ __all__ = [
     "ZeroCopyPredictor",
     "ZeroCopyWarning",
     "actor",
+    "invoke",
     "load_model_in_actor",
     "load_pipeline_in_actor",
     "memory",

@@ -40,8 +40,11 @@ __all__ = [
     "Region",
     "Unmappable",
     "locate",
+    "pin",
+    "populate",
     "private_view",
     "region_at",
+    "restore",
     "written_bytes",
 ]
 
@@ -105,6 +108,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_int64]
 _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 
@@ -240,6 +244,80 @@ def _raise_if_exhausted(error: OSError) -> None:
             f"this process cannot map the model: {error.strerror}. Drop models that are loaded and not used, or "
             f"raise the limit (ulimit -n for files, sysctl vm.max_map_count for mappings)."
         ) from error
+
+
+# PAGEMAP_SCAN, Linux 6.7: kernel, admin-guide/mm/pagemap; field order as in uapi/linux/fs.h, struct pm_scan_arg.
+_SCAN = struct.Struct("=12Q")
+_SCAN_REQUEST = (3 << 30) | (_SCAN.size << 16) | (ord("f") << 8) | 16
+_PAGE_IS_FILE, _PAGE_IS_PRESENT, _PAGE_IS_SWAPPED = 1 << 2, 1 << 3, 1 << 4
+_SCAN_RANGES = 4096
+_SCAN_BYTES = 16 << 20  # at a time: meanwhile no other thread can map or unmap memory, as malloc does
+_scan_works = True
+_MADV_POPULATE_READ = 22  # Linux 5.14
+
+
+def pin(memory: Any, keep_alive: object) -> object:
+    """Replace what keeps the pages of a view from being reused, and return what did so; None: nothing does."""
+    view: PrivateView = memory.view
+    before, view.keep_alive = view.keep_alive, keep_alive
+    return before
+
+
+def restore(memory: Any) -> bool:
+    """Drop the pages of a view's memory that were written to, so that it shows the file again.
+
+    Returns False where the kernel does not tell which they are. Nothing may write to the memory meanwhile.
+    """
+    begin = ctypes.addressof(memory)
+    try:
+        written = _written_ranges(begin, begin + -(-len(memory) // PAGE) * PAGE)
+    except OSError:
+        return False
+    return all(_libc.madvise(first, last - first, mmap.MADV_DONTNEED) == 0 for first, last in written)
+
+
+def populate(memory: Any) -> None:
+    """Touch every page of a view's memory for reading, where the kernel can; other threads run meanwhile."""
+    _libc.madvise(ctypes.addressof(memory), len(memory), _MADV_POPULATE_READ)
+
+
+def _written_ranges(begin: int, end: int) -> list[tuple[int, int]]:
+    """Return the addresses of the pages in a range that this process has copied for itself."""
+    global _scan_works
+    if _scan_works:
+        try:
+            return _scan_written(begin, end)
+        except OSError:
+            _scan_works = False
+    ranges: list[tuple[int, int]] = []
+    step = 1 << 30
+    for first in range(begin, end, step):
+        last = min(first + step, end)
+        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+            data = os.pread(pagemap.fileno(), (last - first) // PAGE * 8, first // PAGE * 8)
+        entries = np.frombuffer(data, dtype=np.uint64)
+        if len(entries) != (last - first) // PAGE:
+            raise OSError("pagemap is cut short")
+        own = ((entries >> np.uint64(62)) != 0) & ((entries >> np.uint64(61)) & np.uint64(1) == 0)
+        ranges += [(first + page * PAGE, first + (page + 1) * PAGE) for page in np.flatnonzero(own).tolist()]
+    return ranges
+
+
+def _scan_written(begin: int, end: int) -> list[tuple[int, int]]:
+    found = (ctypes.c_uint64 * (3 * _SCAN_RANGES))()
+    here = _PAGE_IS_PRESENT | _PAGE_IS_SWAPPED
+    ranges: list[tuple[int, int]] = []
+    fd = os.open("/proc/self/pagemap", os.O_RDONLY)
+    try:
+        while begin < end:
+            asked = (_SCAN.size, 0, begin, min(begin + _SCAN_BYTES, end), 0, ctypes.addressof(found), _SCAN_RANGES, 0)
+            argument = bytearray(_SCAN.pack(*asked, _PAGE_IS_FILE, _PAGE_IS_FILE, here, _PAGE_IS_FILE))
+            count = fcntl.ioctl(fd, _SCAN_REQUEST, argument)
+            ranges += [(found[3 * i], found[3 * i + 1]) for i in range(count)]
+            begin = _SCAN.unpack(argument)[4]
+    finally:
+        os.close(fd)
+    return ranges
 
 
 def shared_view(address: int, nbytes: int, keep_alive: object) -> Any:
