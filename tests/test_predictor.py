@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from predictors import AddOne, Formats, Keywords, NoPostprocess, NoPreprocess, O
 from ray.data import ActorPoolStrategy
 from torch import nn
 
-from ray_zerocopy import ModelRef, ZeroCopyPredictor, load_model_in_actor, prepare_model_for_actors
+from ray_zerocopy import ModelRef, ZeroCopyPredictor, load_model_in_actor, memory, prepare_model_for_actors
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +253,249 @@ def test_using_checks_its_arguments(model_ref: ModelRef) -> None:
         AddOne.using(nn.Linear(1, 1))
     with pytest.raises(TypeError, match=r"constructor of AddOne.*colour"):
         AddOne.using(model_ref, colour="red")
+
+
+# ---------------------------------------------------------------- the options that stand for methods
+
+
+class Two(nn.Module):
+    """Takes two inputs and returns two outputs, and says of which dtypes the inputs and the product were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
+        assert a.dtype == self.linear.weight.dtype
+        product = self.linear(a)
+        self.said = product.dtype
+        return {"sum": product.sum(-1) + b, "product": product}
+
+
+@pytest.fixture(scope="module")
+def two(ray_session: None) -> tuple[Two, ModelRef]:
+    """Share a model of two inputs."""
+    model = Two().eval()
+    return model, prepare_model_for_actors(model)
+
+
+A = torch.arange(10.0).reshape(5, 2)
+PAIRS = pa.table(
+    {
+        "a": pa.FixedSizeListArray.from_arrays(pa.array(A.double().flatten().numpy()), 2),  # as Ray Data reads floats
+        "b": pa.array(range(5)),
+        "name": list("vwxyz"),
+    }
+)
+
+
+def test_defaults_on_ray_data(model_ref: ModelRef) -> None:
+    """The base class itself, with two options, is a predictor for map_batches."""
+    bound = ZeroCopyPredictor.using(model_ref, input_columns=["x"], output_column="y", keep_columns=False)
+    ds = numbers().map_batches(lambda batch: {"x": batch["x"].astype(np.float32)[:, None]})
+    ds = ds.map_batches(bound, batch_format="pyarrow", **POOL)
+    rows = ds.take_all()
+    assert sorted(float(row["y"][0]) for row in rows) == EXPECTED
+    assert {tuple(row) for row in rows} == {("y",)}
+
+
+@pytest.mark.parametrize("columns", [["a", "b"], {"b": "b", "a": "a"}], ids=["positional", "keywords"])
+def test_input_columns(columns: Any, two: tuple[Two, ModelRef]) -> None:
+    """Columns reach the model by position or by name, cast to the weights' dtype, and fields become columns."""
+    model, ref = two
+    outputs = {"product": "p", "sum": "s"}
+    rows = ZeroCopyPredictor(ref, input_columns=columns, output_column=outputs)(PAIRS)
+    with torch.inference_mode():
+        expected = model(A, torch.arange(5))
+    assert rows.column_names == ["a", "b", "name", "p", "s"]
+    assert rows.column("s").to_pylist() == expected["sum"].tolist()
+    assert (rows["p"].combine_chunks().to_numpy_ndarray() == expected["product"].numpy()).all()
+
+
+@pytest.mark.parametrize(
+    ("keep", "names"),
+    [(True, ["a", "b", "name"]), (False, []), ((), []), (["name"], ["name"]), ("b", ["b"])],
+)
+def test_keep_columns(keep: Any, names: list[str], two: tuple[Two, ModelRef]) -> None:
+    """The columns of the batch that go on are all, none, or those named."""
+    _, ref = two
+
+    class Named(ZeroCopyPredictor):
+        input_columns = ("a", "b")
+        output_column: Any = {"sum": "s"}  # noqa: RUF012
+        keep_columns = keep
+
+    assert Named(ref)(PAIRS).column_names == [*names, "s"]
+    assert Named(ref, keep_columns=["b", "a"])(PAIRS).column_names == ["b", "a", "s"]
+
+
+def test_outputs_by_position_and_attribute(two: tuple[Two, ModelRef]) -> None:
+    """A tuple's outputs are named by position, an object's by attribute; a list of tensors makes a ragged column."""
+    _, ref = two
+
+    class Returns(ZeroCopyPredictor):
+        input_columns = "b"
+        keep_columns = False
+
+        def predict(self, inputs: torch.Tensor) -> Any:
+            parts = [torch.arange(int(n)) for n in inputs]
+            return (inputs, parts) if isinstance(self.output_column, dict) and 0 in self.output_column else inputs
+
+    assert Returns(ref, output_column={0: "n", -1: "parts"})(PAIRS).to_pylist()[2] == {"n": 2, "parts": [0, 1]}
+    assert Returns(ref, output_column={"real": "n"})(PAIRS)["n"].to_pylist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"input_columns": ["a", "c"]}, ValueError, r"Wrong.input_columns: the batch has no column 'c'. It has 'a'"),
+        ({"input_columns": ["name"]}, TypeError, r"Wrong.input_columns: column 'name' \(string\).*tokenizer"),
+        ({"output_column": "y"}, TypeError, r"outputs, a builtins.dict, make no column 'y'.*\{'sum': \.\.\., 'pro"),
+        ({"output_column": {"logits": "y"}}, TypeError, r"has no output 'logits'. Name the outputs: output_column="),
+        ({"output_column": {"sum": "name"}}, ValueError, r"has a column 'name' already.*keep_columns"),
+        ({"keep_columns": ["z"]}, ValueError, r"Wrong.keep_columns names 'z', and the batch has 'a', 'b', 'name'"),
+        ({"rows": 3}, ValueError, r"shape \(3,\), have 3 rows for a batch of 5.*Write postprocess"),
+    ],
+)
+def test_wrong_batches_and_outputs(
+    options: dict[str, Any], error: type[Exception], words: str, two: tuple[Two, ModelRef]
+) -> None:
+    """What a batch or the model's outputs lack is an error of the user's class, with the option and the remedy."""
+
+    class Wrong(ZeroCopyPredictor):
+        input_columns = ("a", "b")
+        output_column: Any = {"sum": "s"}  # noqa: RUF012
+        rows = options.pop("rows", 5)
+
+        def predict(self, inputs: Any) -> Any:
+            return {key: value[: self.rows] for key, value in super().predict(inputs).items()}
+
+    with pytest.raises(error, match=words):
+        Wrong(two[1], **options)(PAIRS)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("input_columns", 3),
+        ("input_columns", []),
+        ("input_columns", {1: "a"}),
+        ("output_column", ["y"]),
+        ("output_column", {"sum": 1}),
+        ("keep_columns", [1]),
+        ("compile", "eager"),
+        ("dtype", "bfloat16"),
+        ("dtype", torch.int8),
+    ],
+)
+def test_options_of_the_wrong_kind(option: str, value: Any, model_ref: ModelRef) -> None:
+    """An option of the wrong kind is said with the class and the option, by `using` in the driver too."""
+    given = {"input_columns": "x", "output_column": "y"} | {option: value}
+    with pytest.raises(TypeError, match=f"ZeroCopyPredictor.{option} is "):
+        ZeroCopyPredictor.using(model_ref, **given)
+    with pytest.raises(TypeError, match=f"ZeroCopyPredictor.{option} is "):
+        ZeroCopyPredictor(model_ref, **given)
+
+
+def test_options_of_a_class_with_its_own_constructor(model_ref: ModelRef) -> None:
+    """`using` gives this class's options to a subclass whose constructor knows nothing of them."""
+    bound = TakesModel.using(model_ref, threads=3, dtype=torch.bfloat16)
+    assert bound().threads == 3
+    assert bound().dtype is torch.bfloat16
+    assert TakesModel(model_ref).dtype is None
+
+
+# ---------------------------------------------------------------- dtype and compile
+
+
+def test_dtype_by_autocast(two: tuple[Two, ModelRef]) -> None:
+    """Weights of another dtype stay as they are, shared, and the forward runs under autocast."""
+    predictor = ZeroCopyPredictor(
+        two[1], input_columns=["a", "b"], output_column={"product": "y"}, dtype=torch.bfloat16
+    )
+    predictor(PAIRS)
+    assert predictor.model.said == torch.bfloat16
+    assert predictor.model.linear.weight.dtype == torch.float32
+    assert memory.model_memory(predictor.model).private == 0
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_dtype_cast_before_sharing(ray_session: None) -> None:
+    """Weights cast before sharing get floating inputs of their dtype, from a method of one's own too."""
+    ref = prepare_model_for_actors(Two().to(torch.bfloat16))
+
+    class Own(ZeroCopyPredictor):
+        output_column: Any = {"product": "y"}  # noqa: RUF012
+
+        def preprocess(self, batch: pa.Table) -> dict[str, torch.Tensor]:
+            return {"a": A, "b": torch.arange(5)}
+
+    predictor = Own(ref, dtype=torch.bfloat16)
+    assert predictor(PAIRS)["y"].combine_chunks().to_numpy_ndarray().dtype == np.float32
+    assert predictor.model.said == torch.bfloat16
+    assert predictor._dtypes.autocast is None
+
+
+def test_dtype_that_would_copy_the_weights(two: tuple[Two, ModelRef]) -> None:
+    """A dtype that only casting could give is refused, with the way to cast before sharing."""
+    with pytest.raises(ValueError, match=r"model.to\(torch.float64\)"):
+        ZeroCopyPredictor(two[1], input_columns="a", output_column="y", dtype=torch.float64)
+
+
+def large_tensors(nbytes: int) -> set[int]:
+    """Return where the tensors of this process are whose storage is of that size."""
+    gc.collect()
+    found = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, nn.Parameter)]
+    return {t.data_ptr() for t in found if t.layout is torch.strided and t.untyped_storage().nbytes() == nbytes}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch, of itself
+def test_compile_keeps_the_weights_shared(ray_session: None) -> None:
+    """A model compiled by inductor gives the same, on the shared weights, with no second copy of them."""
+    model = nn.Sequential(nn.Linear(64, 517), nn.ReLU(), nn.Linear(517, 3)).eval()
+    table = pa.table({"x": pa.FixedSizeListArray.from_arrays(pa.array(np.ones(640, np.float32)), 64)})
+    predictor = ZeroCopyPredictor(
+        prepare_model_for_actors(model), input_columns="x", output_column="y", compile={"dynamic": True}
+    )
+    before = large_tensors(4 * 64 * 517)
+    rows = predictor(table)
+    with torch.inference_mode():
+        expected = model(torch.ones(10, 64))
+    torch.testing.assert_close(torch.from_numpy(rows["y"].combine_chunks().to_numpy_ndarray().copy()), expected)
+    assert predictor.model._compiled_call_impl is not None
+    assert large_tensors(4 * 64 * 517) == before  # the model's, and the source's
+    assert memory.model_memory(predictor.model).private == 0
+
+
+def test_compile_does_not_compile_without_end(two: tuple[Two, ModelRef]) -> None:
+    """Batches of many sizes compile a model two times, or three, not once a size."""
+    compiled = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    class Sizes(ZeroCopyPredictor):
+        input_columns = ("a", "b")
+        output_column: Any = {"product": "y"}  # noqa: RUF012
+
+    torch._dynamo.reset()
+    predictor = Sizes(two[1], compile={"backend": backend})
+    large = pa.concat_tables([PAIRS] * 8)
+    for size in (32, 16, 7, 40, 1, 2, 3, 31):
+        predictor(large.slice(0, size))
+    assert 1 <= len(compiled) <= 3
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch, of itself
+def test_compile_refuses_what_is_compiled(ray_session: None) -> None:
+    """TorchScript is not for torch.compile, and the error says so."""
+    ref = prepare_model_for_actors(torch.jit.trace(nn.Linear(1, 1), torch.ones(1, 1)))
+    with pytest.raises(TypeError, match=r"ZeroCopyPredictor.compile is set.*RecursiveScriptModule"):
+        ZeroCopyPredictor(ref, input_columns="x", output_column="y", compile=True)
+
+
+# ---------------------------------------------------------------- errors
 
 
 def test_an_error_in_a_method_is_the_users_own(model_ref: ModelRef) -> None:
