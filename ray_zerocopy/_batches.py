@@ -1,10 +1,11 @@
-"""What Ray Data gives and takes: batches of any format in, rows out, and tensors to the device and back."""
+"""What Ray Data gives and takes: batches of any format in, rows out, and the tensors in between."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,11 @@ import torch
 
 from .arrow import tensor_to_column
 
-__all__ = ["described", "each_to_rows", "move", "to_arrow", "to_rows"]
+__all__ = ["described", "each_to_rows", "is_pandas", "joined", "map_tensors", "to_arrow", "to_rows"]
 
 
 def to_arrow(batch: Any, name: str) -> pa.Table:
+    """Return a batch of any of Ray Data's formats as a table."""
     if isinstance(batch, pa.Table):
         return batch
     if isinstance(batch, pa.RecordBatch):
@@ -31,7 +33,7 @@ def to_arrow(batch: Any, name: str) -> pa.Table:
                 f"{name} got a mapping that is no batch of columns ({error}). It is for ds.map_batches, which "
                 f"gives many rows at a time, not for ds.map or ds.flat_map."
             ) from error
-    if _is_pandas(batch):
+    if is_pandas(batch):
         return BlockAccessor.for_block(batch).to_arrow()
     raise TypeError(
         f"{name} got a batch of type {type(batch).__module__}.{type(batch).__qualname__}, which is none of Ray "
@@ -39,43 +41,46 @@ def to_arrow(batch: Any, name: str) -> pa.Table:
     )
 
 
-def _is_pandas(value: Any) -> bool:
+def is_pandas(value: Any) -> bool:
+    """Say whether `value` is a data frame, without importing pandas."""
     return type(value).__name__ == "DataFrame" and type(value).__module__.split(".")[0] == "pandas"
 
 
-def move(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Any:
-    """Return `values` with every tensor in it on `device`, floating ones as `dtype`; what holds them keeps its type.
+def map_tensors(values: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Return `values` with `function` applied to every tensor in it; what holds tensors keeps its type.
 
-    Looks into lists, tuples, mappings and dataclasses; anything else is left as it is.
+    Looks into lists, tuples, mappings and dataclasses; anything else is left as it is, and so is what holds no
+    tensor that changed.
     """
     if isinstance(values, torch.Tensor):
-        return values.to(device, dtype if values.is_floating_point() else None)  # copy: only where one differs
+        return function(values)
     if isinstance(values, Mapping):
-        moved = {key: move(value, device, dtype) for key, value in values.items()}
-        if all(moved[key] is value for key, value in values.items()):
+        mapped = {key: map_tensors(value, function) for key, value in values.items()}
+        if all(mapped[key] is value for key, value in values.items()):
             return values
         if type(values) is dict or not isinstance(values, MutableMapping):
-            return moved
+            return mapped
         result = copy.copy(values)
-        for key, value in moved.items():
+        for key, value in mapped.items():
             result[key] = value
         return result
     if isinstance(values, (list, tuple)):
-        items = [move(value, device, dtype) for value in values]
+        items = [map_tensors(value, function) for value in values]
         if all(new is old for new, old in zip(items, values, strict=True)):
             return values
         return type(values)(*items) if hasattr(values, "_fields") else type(values)(items)
     if dataclasses.is_dataclass(values) and not isinstance(values, type):
         fields = {f.name: getattr(values, f.name) for f in dataclasses.fields(values) if f.init}
-        changed = {key: move(value, device, dtype) for key, value in fields.items()}
+        changed = {key: map_tensors(value, function) for key, value in fields.items()}
         if any(changed[key] is not value for key, value in fields.items()):
             return dataclasses.replace(values, **changed)
     return values
 
 
-def each_to_rows(parts: Iterator[Any], name: str) -> Iterator[Any]:
+def each_to_rows(parts: Iterator[Any], stage: Callable[[], AbstractContextManager[None]], name: str) -> Iterator[Any]:
+    """Yield what a generator yields as rows, each step of it under inference mode and in a `stage`."""
     while True:
-        with torch.inference_mode():
+        with stage(), torch.inference_mode():
             try:
                 part = next(parts)
             except StopIteration:
@@ -84,9 +89,22 @@ def each_to_rows(parts: Iterator[Any], name: str) -> Iterator[Any]:
         yield rows
 
 
+def joined(results: list[Any]) -> Any:
+    """Return the rows of several parts of a batch as one, or the parts if their columns differ in type."""
+    if all(is_pandas(rows) for rows in results):
+        import pandas
+
+        return pandas.concat(results, ignore_index=True)
+    tables = [pa.Table.from_pandas(rows) if is_pandas(rows) else rows for rows in results]
+    try:
+        return pa.concat_tables(tables, promote_options="default")
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return (rows for rows in results)  # a part may be padded less than the next: for Ray Data to join
+
+
 def to_rows(rows: Any, name: str) -> Any:
     """Return what Ray Data accepts, or say what is wrong with what `postprocess` returned."""
-    if isinstance(rows, pa.Table) or _is_pandas(rows):
+    if isinstance(rows, pa.Table) or is_pandas(rows):
         return rows
     if isinstance(rows, pa.RecordBatch):
         return pa.Table.from_batches([rows])
@@ -125,5 +143,6 @@ def _to_column(values: Any, what: str) -> Any:
 
 
 def described(value: Any) -> str:
+    """Say what a value is, for an error."""
     shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
     return f"a {type(value).__module__}.{type(value).__qualname__}{shape}" if value is not None else "None"

@@ -212,6 +212,11 @@ def check_options(options: Any, name: str) -> None:
         raise TypeError(f"{name}.dtype is {dtype!r}. Give a floating dtype of torch, such as torch.bfloat16.")
     if not isinstance(options.compile, (bool, Mapping)):
         raise TypeError(f"{name}.compile is {options.compile!r}. Give True, False, or options of torch.compile.")
+    size = options.micro_batch_size
+    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        raise TypeError(f"{name}.micro_batch_size is {size!r}. Give a number of rows, or None for the whole batch.")
+    if options.on_error not in ("raise", "null"):
+        raise TypeError(f"{name}.on_error is {options.on_error!r}. Give 'raise' or 'null'.")
 
 
 def _are_names(value: Any, sequence: bool, of_mapping: Any = None) -> bool:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import itertools
 import logging
 import os
 import types
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import pyarrow as pa
 import torch
 
-from . import _defaults, actor
-from ._batches import each_to_rows, move, to_arrow, to_rows
+from . import _defaults, _nulls, actor
+from ._batches import each_to_rows, joined, to_arrow, to_rows
+from ._copies import Copies
 from ._defaults import Columns
 from ._device import DeviceLike
+from ._metrics import Totals
+from ._overlap import Stages, ranges
 from ._store import Loaded, ModelRef, format_bytes
 
 if TYPE_CHECKING:
@@ -44,7 +50,14 @@ class ZeroCopyPredictor:
        `self.model` and `self.device` are then there. A subclass with an `__init__` calls `super().__init__()`.
     3. For each batch, under `torch.inference_mode()`: the batch, in whatever format Ray Data gives it, becomes
        a `pyarrow.Table`; `preprocess` turns it into the model's inputs, which move to `self.device`; `predict`
-       calls the model; its outputs move to the host; `postprocess` makes of them what Ray Data gets.
+       calls the model; its outputs move to the host; `postprocess` makes of them what Ray Data gets. The model
+       is only ever called in one thread, which is none of Ray's. With `micro_batch_size` the batch goes through in
+       parts, the three methods at work on three of them at once.
+    4. Once a minute, and when the actor ends, it logs where the time went: `self.totals`, whose numbers
+       `ray.util.metrics` gets too, as `ray_zerocopy_*` with the tag `predictor`.
+
+    A worker that dies (a segmentation fault, the kernel for want of memory) is started anew by Ray Data, and its
+    batch tried again, without end. `ds.map_batches(..., max_restarts=3, max_task_retries=3)` ends that.
 
     `input_columns` takes the place of `preprocess`, `output_column` that of `postprocess`. These and the other
     options below are class attributes, options of `using`, or keyword arguments of the constructor, the last
@@ -94,12 +107,26 @@ class ZeroCopyPredictor:
     """Have torch compile the model, at the first batch; a mapping holds options of `torch.compile`. The compiled code
     uses the shared weights. Leave freezing off, which would copy them."""
 
+    micro_batch_size: int | None = None
+    """How many rows go through the stages at a time; by default the whole batch. While one part is in the model, the
+    next is in `preprocess` and the one before in `postprocess`, each method in one thread. What they do for a part
+    must depend on its rows alone; the outputs then are those of the whole batch, in order."""
+    on_error: Literal["raise", "null"] = "raise"
+    """With "null", rows on which `preprocess` raises do not end the job: a column `error` says what it raised, and is
+    null for the other rows, of which alone the model and `postprocess` know. Columns that `postprocess` passes on
+    unchanged are kept for all rows, the others are null where a row failed. To find the rows, `preprocess` is run on
+    halves of the batch, and halves of these. `postprocess` has to return a row for each. A batch of which every row
+    fails has the columns of an earlier one; before there is one, the outputs' columns are of Arrow's type null (with
+    a `postprocess` of one's own, whose columns nobody knows yet, they are absent)."""
+
     model: Any
     """The loaded model."""
     device: torch.device
     """Where the model is, and where `predict` gets its inputs."""
     loaded: Loaded
     """How the load went: seconds, bytes shared and private, whether writes are isolated."""
+    totals: Totals
+    """Where the time went since the model was loaded: seconds by stage, batches, rows; printable."""
 
     def __init__(
         self,
@@ -112,6 +139,8 @@ class ZeroCopyPredictor:
         keep_columns: bool | str | Sequence[str] = _AS_THE_CLASS,
         dtype: torch.dtype | None = _AS_THE_CLASS,
         compile: bool | Mapping[str, Any] = _AS_THE_CLASS,
+        micro_batch_size: int | None = _AS_THE_CLASS,
+        on_error: Literal["raise", "null"] = _AS_THE_CLASS,
     ) -> None:
         """Load the model.
 
@@ -124,6 +153,8 @@ class ZeroCopyPredictor:
             keep_columns: See there.
             dtype: See there.
             compile: See there.
+            micro_batch_size: See there.
+            on_error: See there.
 
         Raises:
             TypeError: No model was given, it is not a `ModelRef`, `preprocess` or `postprocess` is neither written
@@ -143,13 +174,22 @@ class ZeroCopyPredictor:
         self.loaded = actor.load(model_ref, device, require_isolation=require_isolation)
         self.model = self.loaded.model
         self.device = self.loaded.device
+        name = _name(type(self))
         default_inputs = not _is_written(type(self), "preprocess")
-        self._dtypes = _defaults.plan_dtypes(self.model, self.dtype, default_inputs, _name(type(self)))
+        self._dtypes = _defaults.plan_dtypes(self.model, self.dtype, default_inputs, name)
         if self.compile:
-            _defaults.compile_model(self.model, self.compile, _name(type(self)))
+            _defaults.compile_model(self.model, self.compile, name)
+        streams = self.device.type == "cuda" and self.micro_batch_size is not None
+        self._copies = Copies(self.device, self._dtypes.inputs, streams=streams)
+        self._stages = Stages()
+        self._fitting: int | None = None  # rows for which the device's memory was enough, once it was not
+        self._said_split = False
+        self._schema: pa.Schema | None = None
+        self.totals = Totals(name, self.loaded)
+        weakref.finalize(self, _log_totals, self.totals)
         importing = self.loaded.import_seconds
         _log(
-            f"{_name(type(self))}: {model_ref.class_name} loaded in {self.loaded.seconds * 1000:.1f} ms "
+            f"{name}: {model_ref.class_name} loaded in {self.loaded.seconds * 1000:.1f} ms "
             f"{f'(and its classes imported in {importing:.1f} s) ' if importing >= 0.1 else ''}on "
             f"{self.device}: {format_bytes(self.loaded.shared)} shared, "
             f"{format_bytes(self.loaded.private + model_ref.carried_nbytes)} private, "
@@ -255,22 +295,162 @@ class ZeroCopyPredictor:
     # ------------------------------------------------------------ for Ray Data to call
 
     def __call__(self, batch: Any) -> Any:
-        """Take one batch through `preprocess`, `predict` and `postprocess`."""
-        name = _name(type(self))
-        table = to_arrow(batch, name)
+        """Take one batch through `preprocess`, `predict` and `postprocess`.
+
+        Returns:
+            The rows, or a generator of rows where `postprocess` returned one, or where parts of the batch have
+            columns of different types.
+        """
+        with self.totals.busy():
+            results = self._results(to_arrow(batch, _name(type(self))))
+            first = next(results)
+            if inspect.isgenerator(first):
+                return self._from_generators(first, results)
+            rows = [first, *results]
+        self._completed()
+        return first if len(rows) == 1 else joined(rows)
+
+    def _from_generators(self, generator: Any, results: Iterator[Any]) -> Iterator[Any]:
+        """Yield the rows of each part's generator; its code runs when Ray Data asks for rows."""
+
+        @contextlib.contextmanager
+        def step() -> Iterator[None]:
+            with self.totals.busy(), self.totals.stage("postprocess"):
+                yield
+
+        while generator is not None:
+            yield from each_to_rows(generator, step, _name(type(self)))
+            with self.totals.busy():
+                generator = next(results, None)
+        self._completed()
+
+    def _completed(self) -> None:
+        self.totals.count(batches=1)
+        if self.totals.due():
+            _log(str(self.totals))
+
+    # ------------------------------------------------------------ a batch in parts
+
+    def _results(self, table: pa.Table) -> Iterator[Any]:
+        """Yield what `postprocess` gave for each part of the batch, in order.
+
+        Where the device's memory is too small for a part, that part and what follows are split into halves.
+        """
+        begin, end, split = 0, len(table), False
+        while True:
+            size = min(self.micro_batch_size or end, self._fitting or end)
+            try:
+                if end - begin <= size:
+                    yield self._serially(table, range(begin, end))
+                else:
+                    for part, rows in self._stages.overlap(
+                        ranges(begin, end, size), lambda part: self._before(table, part), self._model, self._after
+                    ):
+                        yield rows
+                        begin = part.stop
+                break
+            except torch.OutOfMemoryError:
+                size = min(size, end - begin)
+                if size <= 1:
+                    raise
+            self._make_room(size)
+            split = True
+        if split:
+            self._say_split(end)
+
+    def _serially(self, table: pa.Table, part: range) -> Any:
         with torch.inference_mode():
-            inputs = move(self.preprocess(table), self.device, self._dtypes.inputs)
+            return self._after(self._stages.in_model_thread(self._model, self._before(table, part)))
+
+    def _before(self, table: pa.Table, rows: range) -> _Part:
+        batch = table.slice(rows.start, len(rows))
+        with self.totals.stage("preprocess"):
+            part = _Part(batch, batch, {})
+            try:
+                inputs = self.preprocess(batch)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                if self.on_error == "raise":
+                    raise
+                part.errors = _nulls.failing_rows(self.preprocess, batch, error)
+                part.good = _nulls.without(batch, part.errors)
+                if not len(part.good):
+                    return part
+                inputs = self.preprocess(part.good)
+            part.values, part.event = self._copies.begin(inputs)
+        return part
+
+    def _model(self, part: _Part) -> _Part:
+        if part.errors and not len(part.good):
+            return part
+        with self.totals.stage("predict"):
+            inputs = self._copies.arrive(part.values, part.event)
+            part.values = None
             with self._autocast():
                 outputs = self.predict(inputs)
-            rows = self.postprocess(move(outputs, torch.device("cpu")), table)
-            if inspect.isgenerator(rows):
-                return each_to_rows(rows, name)
-            return to_rows(rows, name)
+            part.values, part.event = self._copies.leave(outputs)
+        return part
+
+    def _after(self, part: _Part) -> Any:
+        name = _name(type(self))
+        with self.totals.stage("postprocess"):
+            if part.errors and not len(part.good):
+                rows = self._all_null(part)
+            else:
+                rows = self.postprocess(self._copies.end(part.values, part.event), part.good)
+                rows = rows if inspect.isgenerator(rows) else to_rows(rows, name)
+                if self.on_error == "null":
+                    rows = _nulls.with_nulls(rows, part.good, part.batch, part.errors, name)
+                    self._schema = rows.schema
+        if part.errors and not self.totals.failed_rows:
+            said = next(iter(part.errors.values()))
+            _log(f"{name}: preprocess failed for {len(part.errors)} of {len(part.batch)} rows, the first with {said}")
+        self.totals.count(rows=len(part.batch), failed_rows=len(part.errors))
+        return rows
+
+    def _all_null(self, part: _Part) -> pa.Table:
+        if self._schema is not None:
+            return _nulls.null_columns(part.batch, part.errors, self._schema)
+        if _is_written(type(self), "postprocess"):
+            return _nulls.null_columns(part.batch, part.errors, part.batch.schema)
+        kept = _defaults.kept(part.batch, self.keep_columns, _name(type(self)))
+        outputs = [self.output_column] if isinstance(self.output_column, str) else (self.output_column or {}).values()
+        schema = pa.schema([*kept.schema, *(pa.field(column, pa.null()) for column in outputs)])
+        return _nulls.null_columns(part.batch, part.errors, schema)
+
+    def _make_room(self, size: int) -> None:
+        self._fitting = min(self._fitting or size, size // 2)
+        self.totals.count(retries=1)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _say_split(self, rows: int) -> None:
+        if not self._said_split:
+            self._said_split = True
+            _log(
+                f"{_name(type(self))}: {self.device} has too little memory for a batch of {rows} rows. This actor "
+                f"gives the model {self._fitting} rows at a time from now on, or fewer if need be. "
+                f"micro_batch_size={self._fitting} does so from the start.",
+                logging.WARNING,
+            )
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self._dtypes.autocast is None:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, self._dtypes.autocast)
+
+
+@dataclass
+class _Part:
+    """A part of a batch on its way: all its rows, those that preprocess took, what it said of the others."""
+
+    batch: pa.Table
+    good: pa.Table
+    errors: dict[int, str]
+    values: Any = None
+    event: Any = None
 
 
 # ---------------------------------------------------------------- what a class is told that is not complete
@@ -289,7 +469,15 @@ def _is_written(cls: type, method: str) -> bool:
     return getattr(cls, method) is not getattr(ZeroCopyPredictor, method)
 
 
-_OPTIONS = ("input_columns", "output_column", "keep_columns", "dtype", "compile")
+_OPTIONS = (
+    "input_columns",
+    "output_column",
+    "keep_columns",
+    "dtype",
+    "compile",
+    "micro_batch_size",
+    "on_error",
+)
 
 
 def _check_complete(options: Any, cls: type[ZeroCopyPredictor]) -> None:
@@ -320,11 +508,16 @@ def _no_model(cls: type[ZeroCopyPredictor]) -> str:
 # ---------------------------------------------------------------- the log
 
 
-def _log(line: str) -> None:
-    """Log at INFO where somebody listens; else to standard error, which Ray shows in the driver."""
+def _log(line: str, level: int = logging.INFO) -> None:
+    """Log where somebody listens; else to standard error, which Ray shows in the driver."""
     if not logger.hasHandlers() and logger.level == logging.NOTSET:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
-    logger.info(line)
+    logger.log(level, line)
+
+
+def _log_totals(totals: Totals) -> None:
+    if totals.batches:
+        _log(str(totals))

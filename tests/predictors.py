@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -113,3 +115,21 @@ class TakesModel(AddOne):
     def __init__(self, model_ref: ModelRef, threads: int = 1) -> None:
         super().__init__(model_ref)
         self.threads = threads
+
+
+class OneThread(AddOne):
+    """Says in which thread the model was called, which must not be two at once."""
+
+    inside = 0
+
+    def predict(self, inputs: torch.Tensor) -> Any:
+        self.inside += 1
+        time.sleep(0.002)
+        if self.inside != 1:
+            raise RuntimeError("the model is called by two threads at once")
+        self.inside -= 1
+        return super().predict(inputs), threading.get_ident()
+
+    def postprocess(self, outputs: Any, batch: pa.Table) -> pa.Table:
+        values, thread = outputs
+        return super().postprocess(values, batch).append_column("thread", pa.array([thread] * len(batch)))
