@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
+import os
 import re
 import socket
 import subprocess
@@ -14,15 +16,22 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 
 ROOT = Path(__file__).parent.parent
 
 
-def run(*words: str) -> str:
+def run(*words: str, **environment: str) -> str:
     """Run an example and return what it printed."""
     done = subprocess.run(
-        [sys.executable, *words], cwd=ROOT, capture_output=True, text=True, timeout=600, check=False
+        [sys.executable, *words],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
@@ -45,6 +54,12 @@ def test_search_prints_its_report(search: tuple[str, Path]) -> None:
     assert re.search(r"4 processes +346\.\d MiB +0 B", said), said
     assert "weights: 86.7 MiB once in the object store; 4 separate copies would take 346.6 MiB" in said
     assert (out / "memory.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.fixture
+def run_here(ray_session: None) -> Any:
+    """Run an example in the Ray of all tests, as on a cluster: starting one for each would take most of the time."""
+    return functools.partial(run, RAY_ADDRESS=ray.get_runtime_context().gcs_address)
 
 
 @pytest.fixture
@@ -81,10 +96,10 @@ def test_plain_actor_form() -> None:
     assert len(re.findall(r"process \d+  \[-?0\.\d+", said)) == 16
 
 
-def test_text_classification(source: Any, reference: Any) -> None:
+def test_text_classification(run_here: Any, source: Any, reference: Any) -> None:
     """Every text has a topic, and topic and score are the reference's."""
     example = source("text_classification")
-    said = run("examples/text_classification.py", "--limit", "60")
+    said = run_here("examples/text_classification.py", "--limit", "60")
     sizes = re.findall(r"^(\w+): (\d+) of 60 modules", said, re.MULTILINE)
     assert [topic for topic, _ in sizes] == list(example.TOPICS)
     assert sum(int(size) for _, size in sizes) == 60
@@ -102,9 +117,9 @@ def test_text_classification(source: Any, reference: Any) -> None:
     assert times[:2] == ["datetime", "calendar"]
 
 
-def test_image_classification() -> None:
+def test_image_classification(run_here: Any) -> None:
     """All images are read, and nearly all of them right, though the network never saw them."""
-    said = run("examples/image_classification.py", "--limit", "100")
+    said = run_here("examples/image_classification.py", "--limit", "100")
     rows = [
         (int(right), int(of)) for right, of in re.findall(r"^digit \d: +(\d+) of +(\d+) right", said, re.MULTILINE)
     ]
@@ -114,10 +129,10 @@ def test_image_classification() -> None:
     assert f"{sum(right for right, _ in rows)} of 100 images right" in said
 
 
-def test_two_inputs(source: Any, reference: Any) -> None:
+def test_two_inputs(run_here: Any, source: Any, reference: Any) -> None:
     """What the model with two inputs says of a pair is what the reference says."""
     functions = {row["name"]: row for row in source("two_inputs").find_functions()[:50]}
-    said = run("examples/two_inputs.py", "--limit", "50")
+    said = run_here("examples/two_inputs.py", "--limit", "50")
     printed = re.findall(r"^  ( ?-?[01]\.\d\d)  ([\w.]+) ", said, re.MULTILINE)
     pairs = [functions[name] for _, name in printed]
     expected = (reference(p["words"] for p in pairs) * reference(p["summary"] for p in pairs)).sum(1)
@@ -125,10 +140,10 @@ def test_two_inputs(source: Any, reference: Any) -> None:
     assert abs(expected - [float(score) for score, _ in printed]).max() < 0.006
 
 
-def test_split_documents(source: Any, reference: Any) -> None:
+def test_split_documents(run_here: Any, source: Any, reference: Any) -> None:
     """Each document gives as many rows as it has passages, and the printed one is the reference's choice."""
     example = source("split_documents")
-    said = run("examples/split_documents.py", "--limit", "8")
+    said = run_here("examples/split_documents.py", "--limit", "8")
     documents = {row["title"]: example.split(row["text"]) for row in example.read_readmes()[:8]}
     assert len({len(passages) for passages in documents.values()}) > 2
     *lines, last = said.splitlines()
@@ -143,9 +158,9 @@ def test_split_documents(source: Any, reference: Any) -> None:
         ]
 
 
-def test_hugging_face_pipeline(source: Any, reference: Any) -> None:
+def test_hugging_face_pipeline(run_here: Any, source: Any, reference: Any) -> None:
     """The skeleton has no weights, and what the shared pipeline finds near is what the reference finds near."""
-    said = run("examples/hugging_face_pipeline.py").splitlines()
+    said = run_here("examples/hugging_face_pipeline.py").splitlines()
     assert re.fullmatch(r"PipelineSkeleton\(FeatureExtractionPipeline without \.model; [\d.]+ KiB\)", said[0])
     sentences = [row["sentence"] for row in source("hugging_face_pipeline").read_zen()]
     vectors = reference(sentences)
