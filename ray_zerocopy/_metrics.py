@@ -96,11 +96,11 @@ class Totals:
         with self._lock:
             seconds = dict(self.seconds)
             total = (time.perf_counter() if self._active else self._idle_since) - self._began
-        spent = ", ".join(f"{stage} {seconds[stage]:.1f} s" for stage in seconds)
+        spent = ", ".join(f"{stage} {seconds[stage]:.2f} s" for stage in seconds)
         failed = f", {self.failed_rows} of them failed" if self.failed_rows else ""
         retried = f"; {self.retries} retries for want of device memory" if self.retries else ""
         return (
-            f"{self.name}: {self.rows} rows{failed} in {self.batches} batches and {total:.1f} s "
+            f"{self.name}: {self.rows} rows{failed} in {self.batches} batches and {total:.2f} s "
             f"since it was loaded: {spent}{retried}"
         )
 

@@ -28,7 +28,7 @@ def failing_rows(preprocess: Callable[[pa.Table], Any], batch: pa.Table, error: 
     for begin, part in ((0, batch.slice(0, half)), (half, batch.slice(half))):
         try:
             preprocess(part)
-        except torch.OutOfMemoryError:
+        except torch.cuda.OutOfMemoryError:
             raise
         except Exception as part_error:
             found |= {begin + row: said for row, said in failing_rows(preprocess, part, part_error).items()}

@@ -349,7 +349,7 @@ class ZeroCopyPredictor:
                         yield rows
                         begin = part.stop
                 break
-            except torch.OutOfMemoryError:
+            except torch.cuda.OutOfMemoryError:
                 size = min(size, end - begin)
                 if size <= 1:
                     raise
@@ -368,7 +368,7 @@ class ZeroCopyPredictor:
             part = _Part(batch, batch, {})
             try:
                 inputs = self.preprocess(batch)
-            except torch.OutOfMemoryError:
+            except torch.cuda.OutOfMemoryError:
                 raise
             except Exception as error:
                 if self.on_error == "raise":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from typing import Any
@@ -133,3 +135,22 @@ class OneThread(AddOne):
     def postprocess(self, outputs: Any, batch: pa.Table) -> pa.Table:
         values, thread = outputs
         return super().postprocess(values, batch).append_column("thread", pa.array([thread] * len(batch)))
+
+
+class NoMultiplesOfSeven(AddOne):
+    """Cannot take some rows."""
+
+    def preprocess(self, batch: pa.Table) -> torch.Tensor:
+        bad = [x for x in batch["x"].to_pylist() if x % 7 == 0]
+        if bad:
+            raise ValueError(f"{bad[0]} is a multiple of seven")
+        return super().preprocess(batch)
+
+
+class Dies(AddOne):
+    """Ends its process at one row, as a segmentation fault does."""
+
+    def predict(self, inputs: torch.Tensor) -> torch.Tensor:
+        if (inputs == 13).any():
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().predict(inputs)

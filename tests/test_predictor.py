@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,18 @@ import pyarrow as pa
 import pytest
 import ray
 import torch
-from predictors import AddOne, Formats, Keywords, NoPostprocess, NoPreprocess, Overridden, TakesModel, WithOptions
+from predictors import (
+    AddOne,
+    Dies,
+    Formats,
+    Keywords,
+    NoMultiplesOfSeven,
+    NoPostprocess,
+    NoPreprocess,
+    Overridden,
+    TakesModel,
+    WithOptions,
+)
 from ray.data import ActorPoolStrategy
 from torch import nn
 
@@ -155,6 +167,7 @@ def test_classes_in_main_and_a_lost_attribute(tmp_path: Path) -> None:
     assert "AddOne.using(model_ref)" in lost
     assert "importable module (predictors)" in lost
     loaded = [line for line in (done.stdout + done.stderr).splitlines() if "loaded in" in line]
+    assert "InMain: 20 rows in " in done.stdout + done.stderr  # the totals, at the actor's end
     assert any("InMain: Linear loaded in" in line and "writes isolated" in line for line in loaded), done.stderr
 
 
@@ -384,6 +397,9 @@ def test_wrong_batches_and_outputs(
         ("output_column", {"sum": 1}),
         ("keep_columns", [1]),
         ("compile", "eager"),
+        ("micro_batch_size", 0),
+        ("micro_batch_size", True),
+        ("on_error", "ignore"),
         ("dtype", "bfloat16"),
         ("dtype", torch.int8),
     ],
@@ -493,6 +509,209 @@ def test_compile_refuses_what_is_compiled(ray_session: None) -> None:
     ref = prepare_model_for_actors(torch.jit.trace(nn.Linear(1, 1), torch.ones(1, 1)))
     with pytest.raises(TypeError, match=r"ZeroCopyPredictor.compile is set.*RecursiveScriptModule"):
         ZeroCopyPredictor(ref, input_columns="x", output_column="y", compile=True)
+
+
+# ---------------------------------------------------------------- rows that fail
+
+
+def seven(x: int) -> str | None:
+    return f"ValueError: {x} is a multiple of seven" if x % 7 == 0 else None
+
+
+def test_on_error_null_on_ray_data(model_ref: ModelRef) -> None:
+    """Rows that preprocess cannot take become nulls with what it said, in order, and the job goes on."""
+    ds = numbers().map_batches(
+        NoMultiplesOfSeven.using(model_ref, on_error="null", micro_batch_size=4), batch_format="pyarrow", **POOL
+    )
+    rows = ds.take_all()
+    expected = [{"x": x, "y": None if seven(x) else x + 1.0, "error": seven(x)} for x in range(40)]
+    assert sorted(rows, key=lambda row: row["x"]) == expected
+
+
+@pytest.mark.parametrize("size", [None, 1, 3, 40])
+def test_on_error_null_has_one_schema(size: int | None, model_ref: ModelRef) -> None:
+    """Batches with errors and without have one schema, and failed rows are counted once, whatever the parts."""
+    predictor = NoMultiplesOfSeven(model_ref, on_error="null", micro_batch_size=size)
+    without = predictor({"x": np.arange(1, 7)})
+    assert without["error"].to_pylist() == [None] * 6
+    rows = predictor({"x": np.arange(30)})
+    assert rows.schema == without.schema
+    assert rows["x"].to_pylist() == list(range(30))
+    assert rows["error"].to_pylist() == [seven(x) for x in range(30)]
+    assert rows["y"].to_pylist() == [None if seven(x) else x + 1.0 for x in range(30)]
+    assert (predictor.totals.rows, predictor.totals.failed_rows) == (36, 5)
+    all_failed = predictor({"x": np.array([7, 14])})
+    assert all_failed.schema == without.schema
+    assert all_failed["x"].to_pylist() == [7, 14]
+    assert all_failed["y"].null_count == 2
+
+
+def test_on_error_null_with_the_defaults(ray_session: None) -> None:
+    """The default postprocess gives nulls in tensor columns, kept columns, and of type null before any success."""
+
+    class Decodes(ZeroCopyPredictor):
+        output_column = "y"
+        keep_columns = ("text", "score")
+        on_error = "null"
+
+        def preprocess(self, batch: pa.Table) -> torch.Tensor:
+            return torch.tensor([[float(text)] for text in batch["text"].to_pylist()])
+
+    model = nn.Linear(1, 2)
+    nn.init.ones_(model.weight)
+    nn.init.zeros_(model.bias)
+    predictor = Decodes(prepare_model_for_actors(model))
+    first = predictor(pa.table({"text": ["a", "b"], "score": [float("nan")] * 2, "other": [1, 2]}))
+    assert first.column_names == ["text", "score", "y", "error"]
+    assert first["y"].type == pa.null()
+    assert first["error"][0].as_py() == "ValueError: could not convert string to float: 'a'"
+    rows = predictor(pa.table({"text": ["1", "b", "3"], "score": [float("nan")] * 3, "other": [1, 2, 3]}))
+    assert rows["text"].to_pylist() == ["1", "b", "3"]
+    assert rows["score"].null_count == 0  # kept as it was, also where it is NaN
+    assert [None if y is None else y.tolist() for y in rows["y"].to_pylist()] == [[1, 1], None, [3, 3]]
+
+
+@pytest.mark.parametrize(
+    ("result", "error", "words"),
+    [
+        (lambda y: {"y": y[:1]}, ValueError, "postprocess returned 1 rows for 4, so on_error='null' cannot tell"),
+        (lambda y: ({"y": part} for part in y), TypeError, "postprocess returned a builtins.generator"),
+        (lambda y: {"error": y}, ValueError, "a column 'error' already"),
+    ],
+)
+def test_on_error_null_needs_a_row_for_each(
+    result: Any, error: type[Exception], words: str, model_ref: ModelRef
+) -> None:
+    """A postprocess whose rows cannot be told apart is an error, also for a batch in which nothing failed."""
+
+    class Changes(NoMultiplesOfSeven):
+        on_error = "null"
+
+        def postprocess(self, outputs: torch.Tensor, batch: pa.Table) -> Any:
+            return result(outputs[:, 0])
+
+    for x in ([1, 2, 3, 4], [7, 1, 2, 3, 4]):
+        with pytest.raises(error, match=words):
+            Changes(model_ref)({"x": np.array(x)})
+
+
+def test_on_error_null_is_for_rows(model_ref: ModelRef) -> None:
+    """An error that no row has by itself, or that comes from the model, still ends the job."""
+
+    class Together(AddOne):
+        on_error = "null"
+
+        def preprocess(self, batch: pa.Table) -> torch.Tensor:
+            if len(batch) > 3:
+                raise RuntimeError("too many together")
+            return super().preprocess(batch)
+
+        def predict(self, inputs: torch.Tensor) -> torch.Tensor:
+            raise KeyError("of the model")
+
+    with pytest.raises(RuntimeError, match="too many together"):
+        Together(model_ref)({"x": np.arange(5)})
+    with pytest.raises(KeyError, match="of the model"):
+        Together(model_ref)({"x": np.arange(3)})
+
+
+# ---------------------------------------------------------------- where the time went
+
+
+def test_totals(model_ref: ModelRef) -> None:
+    """The totals say how long each stage took and how long no batch was there, and print as one line."""
+
+    class Slow(AddOne):
+        def preprocess(self, batch: pa.Table) -> torch.Tensor:
+            time.sleep(0.02)
+            return super().preprocess(batch)
+
+        def predict(self, inputs: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.04)
+            return super().predict(inputs)
+
+        def postprocess(self, outputs: torch.Tensor, batch: pa.Table) -> Any:
+            for _ in range(3):
+                time.sleep(0.02)
+                yield {"y": outputs[:, 0]}
+
+    predictor = Slow(model_ref)
+    for _ in range(2):
+        assert len(list(predictor(BATCH))) == 3
+        time.sleep(0.1)
+    seconds = predictor.totals.seconds
+    assert 0.04 <= seconds["preprocess"] < seconds["predict"] < seconds["postprocess"]
+    assert seconds["predict"] >= 0.08
+    assert seconds["postprocess"] >= 0.12
+    assert seconds["waiting"] >= 0.1
+    assert "Slow: 10 rows in 2 batches" in str(predictor.totals)
+    assert all(f"{stage} 0." in str(predictor.totals) for stage in seconds)
+
+
+def test_totals_are_logged(
+    model_ref: ModelRef, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line is logged when the predictor goes, and once a period while it works; not if it did nothing."""
+    caplog.set_level("INFO")
+
+    def lines() -> int:
+        return sum("batches and" in record.message for record in caplog.records)
+
+    predictor = AddOne(model_ref)
+    predictor(BATCH)
+    assert lines() == 0
+    del predictor
+    gc.collect()
+    assert lines() == 1
+    monkeypatch.setattr("ray_zerocopy._metrics.SUMMARY_SECONDS", 0.0)
+    predictor = AddOne(model_ref)
+    predictor(BATCH)
+    assert lines() == 2
+    idle = AddOne(model_ref)
+    del idle
+    gc.collect()
+    assert lines() == 2
+
+
+def test_metrics(model_ref: ModelRef, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's metrics get load seconds, bytes, seconds by stage, rows, failed rows and retries, with the class."""
+    recorded: list[tuple[str, float, dict[str, str]]] = []
+    record = ray.util.metrics.Metric._record
+
+    def seen(self: Any, value: float, tags: Any = None) -> None:
+        record(self, value, tags)
+        recorded.append((self.info["name"], value, tags))
+
+    monkeypatch.setattr(ray.util.metrics.Metric, "_record", seen)
+
+    class Small(NoMultiplesOfSeven):
+        def predict(self, inputs: torch.Tensor) -> torch.Tensor:
+            if len(inputs) > 4:
+                raise torch.OutOfMemoryError
+            return super().predict(inputs)
+
+    predictor = Small(model_ref, on_error="null")
+    predictor({"x": np.arange(8)})
+    values = {name: value for name, value, _ in recorded}
+    assert values["zerocopy_load_seconds"] == predictor.loaded.seconds
+    assert values["zerocopy_bytes_shared"] == predictor.loaded.shared == 128
+    assert values["zerocopy_bytes_private"] == 0
+    assert values["zerocopy_memory_retries"] == 1
+    assert sum(value for name, value, _ in recorded if name == "zerocopy_rows") == 8
+    assert sum(value for name, value, _ in recorded if name == "zerocopy_failed_rows") == 2
+    stages = {tags["stage"] for name, _, tags in recorded if name == "zerocopy_stage_seconds"}
+    assert stages == {"waiting", "preprocess", "predict", "postprocess"}
+    assert {tags["predictor"] for _, _, tags in recorded} == {"Small"}
+
+
+@pytest.mark.filterwarnings("ignore:`ray_remote_args` is deprecated")  # there is no other way to say it yet
+def test_a_worker_that_dies_ends_the_job(model_ref: ModelRef) -> None:
+    """With Ray Data's limits on restarts, a row that kills its process ends the job instead of running forever."""
+    limits = {"max_restarts": 1, "max_task_retries": 1}
+    ds = ray.data.range(20, override_num_blocks=2).rename_columns({"id": "x"})
+    ds = ds.map_batches(Dies.using(model_ref), compute=ActorPoolStrategy(size=1), num_cpus=0.1, **limits)
+    with pytest.raises(ray.exceptions.RayError, match="died"):
+        ds.take_all()
 
 
 # ---------------------------------------------------------------- errors
