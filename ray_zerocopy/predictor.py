@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
+import contextlib
+import gc
 import inspect
 import itertools
 import logging
 import os
 import types
-from collections.abc import Iterator, Mapping, MutableMapping
-from typing import TYPE_CHECKING, Any, ClassVar
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
 import pyarrow as pa
 import torch
 
-from . import actor
+from . import _defaults, _nulls, actor
+from ._batches import each_to_rows, joined, to_arrow, to_rows
+from ._copies import Copies
+from ._defaults import Columns
 from ._device import DeviceLike
+from ._metrics import Totals
+from ._overlap import Stages, ranges
 from ._store import Loaded, ModelRef, format_bytes
-from .arrow import tensor_to_column
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -28,6 +33,7 @@ __all__ = ["ZeroCopyPredictor"]
 
 logger = logging.getLogger(__package__)
 _bindings = itertools.count(1)
+_AS_THE_CLASS: Any = type("", (), {"__repr__": lambda self: "<as the class says>"})()
 
 
 class ZeroCopyPredictor:
@@ -44,9 +50,31 @@ class ZeroCopyPredictor:
        `self.model` and `self.device` are then there. A subclass with an `__init__` calls `super().__init__()`.
     3. For each batch, under `torch.inference_mode()`: the batch, in whatever format Ray Data gives it, becomes
        a `pyarrow.Table`; `preprocess` turns it into the model's inputs, which move to `self.device`; `predict`
-       calls the model; its outputs move to the host; `postprocess` makes of them what Ray Data gets.
+       calls the model; its outputs move to the host; `postprocess` makes of them what Ray Data gets. The model
+       is only ever called in one thread, which is none of Ray's. With `micro_batch_size` the batch goes through in
+       parts, the three methods at work on three of them at once.
+    4. Once a minute, and when the actor ends, it logs where the time went: `self.totals`, whose numbers
+       `ray.util.metrics` gets too, as `ray_zerocopy_*` with the tag `predictor`.
+
+    A worker that dies (a segmentation fault, the kernel for want of memory) is started anew by Ray Data, and its
+    batch tried again, without end. `ds.map_batches(..., max_restarts=3, max_task_retries=3)` ends that.
+
+    `input_columns` takes the place of `preprocess`, `output_column` that of `postprocess`. These and the other
+    options below are class attributes, options of `using`, or keyword arguments of the constructor, the last
+    that says something counting.
 
     Example:
+        >>> model = torch.nn.Linear(1, 1, bias=False)
+        >>> _ = torch.nn.init.constant_(model.weight, 2.0)
+        >>> model_ref = actor.prepare_model_for_actors(model)
+        >>> table = pa.table({"x": pa.FixedSizeListArray.from_arrays(pa.array([1.0, 2.0]), 1)})
+        >>> predictor = ZeroCopyPredictor.using(model_ref, input_columns=["x"], output_column="y")()
+        >>> predictor(table).column("y").combine_chunks().to_numpy_ndarray()
+        array([[2.],
+               [4.]], dtype=float32)
+
+        The same with methods of one's own:
+
         >>> from ray_zerocopy.arrow import column_to_tensor
         >>> class Doubled(ZeroCopyPredictor):
         ...     def preprocess(self, batch):
@@ -54,14 +82,42 @@ class ZeroCopyPredictor:
         ...
         ...     def postprocess(self, outputs, batch):
         ...         return batch.append_column("y", pa.array(outputs[:, 0].numpy()))
-        >>> model = torch.nn.Linear(1, 1, bias=False)
-        >>> _ = torch.nn.init.constant_(model.weight, 2.0)
-        >>> predictor = Doubled(actor.prepare_model_for_actors(model))
+        >>> predictor = Doubled(model_ref)
         >>> predictor(pa.table({"x": pa.array([1.0, 2.0], pa.float32())})).column("y").to_pylist()
         [2.0, 4.0]
     """
 
     model_ref: ClassVar[ModelRef | None] = None
+
+    input_columns: Columns | None = None
+    """The columns that `preprocess` gives to the model: one for its one argument, several for its positional
+    arguments in order, or a mapping from column to the name of an argument. They are read with `column_to_tensor`,
+    without a copy; floating ones are cast to the dtype of the weights."""
+    output_column: str | Mapping[Any, str] | None = None
+    """The column that `postprocess` makes of the model's output, a tensor with a row for each of the batch; or a
+    mapping from the key, attribute or position of one of several outputs to its column."""
+    keep_columns: bool | str | Sequence[str] = True
+    """Which columns of the batch go on beside `output_column`: all, none (`False`), or those named."""
+    dtype: torch.dtype | None = None
+    """What the model computes in. Weights that have this dtype were cast before sharing, `model.to(dtype)`, which
+    is the fast way: floating inputs are then cast to it too. Otherwise, for bfloat16 and float16, each forward runs
+    under `torch.autocast`, and the shared weights stay as they are. Weights are never cast in a worker: that would be
+    a copy for each."""
+    compile: bool | Mapping[str, Any] = False
+    """Have torch compile the model, at the first batch; a mapping holds options of `torch.compile`. The compiled code
+    uses the shared weights. Leave freezing off, which would copy them."""
+
+    micro_batch_size: int | None = None
+    """How many rows go through the stages at a time; by default the whole batch. While one part is in the model, the
+    next is in `preprocess` and the one before in `postprocess`, each method in one thread. What they do for a part
+    must depend on its rows alone; the outputs then are those of the whole batch, in order."""
+    on_error: Literal["raise", "null"] = "raise"
+    """With "null", rows on which `preprocess` raises do not end the job: a column `error` says what it raised, and is
+    null for the other rows, of which alone the model and `postprocess` know. Columns that `postprocess` passes on
+    unchanged are kept for all rows, the others are null where a row failed. To find the rows, `preprocess` is run on
+    halves of the batch, and halves of these. `postprocess` has to return a row for each. A batch of which every row
+    fails has the columns of an earlier one; before there is one, the outputs' columns are of Arrow's type null (with
+    a `postprocess` of one's own, whose columns nobody knows yet, they are absent)."""
 
     model: Any
     """The loaded model."""
@@ -69,6 +125,8 @@ class ZeroCopyPredictor:
     """Where the model is, and where `predict` gets its inputs."""
     loaded: Loaded
     """How the load went: seconds, bytes shared and private, whether writes are isolated."""
+    totals: Totals
+    """Where the time went since the model was loaded: seconds by stage, batches, rows; printable."""
 
     def __init__(
         self,
@@ -76,15 +134,39 @@ class ZeroCopyPredictor:
         *,
         device: DeviceLike = None,
         require_isolation: bool = False,
+        input_columns: Columns | None = _AS_THE_CLASS,
+        output_column: str | Mapping[Any, str] | None = _AS_THE_CLASS,
+        keep_columns: bool | str | Sequence[str] = _AS_THE_CLASS,
+        dtype: torch.dtype | None = _AS_THE_CLASS,
+        compile: bool | Mapping[str, Any] = _AS_THE_CLASS,
+        micro_batch_size: int | None = _AS_THE_CLASS,
+        on_error: Literal["raise", "null"] = _AS_THE_CLASS,
     ) -> None:
-        """Load the model; the arguments are those of `load_model_in_actor`.
+        """Load the model.
+
+        Args:
+            model_ref: What `prepare_model_for_actors` returned; by default the class attribute.
+            device: As for `load_model_in_actor`.
+            require_isolation: As for `load_model_in_actor`.
+            input_columns: This and what follows: as the class attribute of that name, which it overrides.
+            output_column: See there.
+            keep_columns: See there.
+            dtype: See there.
+            compile: See there.
+            micro_batch_size: See there.
+            on_error: See there.
 
         Raises:
-            TypeError: No model was given, it is not a `ModelRef`, or `preprocess` or `postprocess` is not written.
+            TypeError: No model was given, it is not a `ModelRef`, `preprocess` or `postprocess` is neither written
+                nor replaced by an option, or an option is not of its kind.
             ModelLostError: The model is no longer in the store.
-            ValueError: The device is unknown, or not this worker's.
+            ValueError: The device is unknown, or not this worker's; the weights would have to be cast to `dtype`.
         """
-        _check_written(type(self))
+        given = locals()
+        for option in _OPTIONS:
+            if given[option] is not _AS_THE_CLASS:
+                setattr(self, option, given[option])
+        _check_complete(self, type(self))
         if model_ref is None:
             model_ref = self.model_ref
         if model_ref is None:
@@ -92,9 +174,22 @@ class ZeroCopyPredictor:
         self.loaded = actor.load(model_ref, device, require_isolation=require_isolation)
         self.model = self.loaded.model
         self.device = self.loaded.device
+        name = _name(type(self))
+        default_inputs = not _is_written(type(self), "preprocess")
+        self._dtypes = _defaults.plan_dtypes(self.model, self.dtype, default_inputs, name)
+        if self.compile:
+            _defaults.compile_model(self.model, self.compile, name)
+        streams = self.device.type == "cuda" and self.micro_batch_size is not None
+        self._copies = Copies(self.device, self._dtypes.inputs, streams=streams)
+        self._stages = Stages()
+        self._fitting: int | None = None  # rows for which the device's memory was enough, once it was not
+        self._said_split = False
+        self._schema: pa.Schema | None = None
+        self.totals = Totals(name, self.loaded)
+        weakref.finalize(self, _log_totals, self.totals)
         importing = self.loaded.import_seconds
         _log(
-            f"{_name(type(self))}: {model_ref.class_name} loaded in {self.loaded.seconds * 1000:.1f} ms "
+            f"{name}: {model_ref.class_name} loaded in {self.loaded.seconds * 1000:.1f} ms "
             f"{f'(and its classes imported in {importing:.1f} s) ' if importing >= 0.1 else ''}on "
             f"{self.device}: {format_bytes(self.loaded.shared)} shared, "
             f"{format_bytes(self.loaded.private + model_ref.carried_nbytes)} private, "
@@ -107,16 +202,16 @@ class ZeroCopyPredictor:
 
         Args:
             model_ref: What `prepare_model_for_actors` returned.
-            options: Keyword arguments for the constructor, the subclass's own among them.
+            options: The options of this class, also where the subclass's constructor does not take them, and
+                keyword arguments for the constructor.
 
         Returns:
             A subclass of the same name, which pickles by value and so keeps what is bound to it.
 
         Raises:
-            TypeError: `model_ref` is not a `ModelRef`, `preprocess` or `postprocess` is not written, or the
-                constructor has no such option.
+            TypeError: `model_ref` is not a `ModelRef`, `preprocess` or `postprocess` is neither written nor
+                replaced by an option, an option is not of its kind, or there is no such option.
         """
-        _check_written(cls)
         if not isinstance(model_ref, ModelRef):
             raise TypeError(
                 f"{_name(cls)}.using needs a ModelRef, not {type(model_ref).__qualname__}. Make one with "
@@ -126,6 +221,8 @@ class ZeroCopyPredictor:
         accepts = signature.parameters.values()
         # A constructor that takes the model gets it; one that does not finds it as the class attribute.
         named = "model_ref" in signature.parameters or any(p.kind is p.VAR_KEYWORD for p in accepts)
+        attributes = {option: options[option] for option in _OPTIONS if option in options}
+        options = {o: v for o, v in options.items() if o not in attributes or o in signature.parameters}
         bound = {"model_ref": model_ref, **options} if named else options
         try:
             signature.bind(**bound)
@@ -138,6 +235,7 @@ class ZeroCopyPredictor:
 
         members: dict[str, Any] = {
             "model_ref": model_ref,
+            **attributes,
             "__init__": __init__,
             "__module__": cls.__module__,
             # Not the class's own: Ray Data tells the instances on an actor apart by it, and a chain may use one
@@ -145,12 +243,17 @@ class ZeroCopyPredictor:
             "__qualname__": f"{cls.__qualname__}.using_{next(_bindings)}",
             "__doc__": cls.__doc__,
         }
-        return types.new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(members))
+        made = types.new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(members))
+        _check_complete(made, cls)
+        return made
 
     # ------------------------------------------------------------ for subclasses to write
 
     def preprocess(self, batch: pa.Table) -> Any:
         """Turn a batch into the model's inputs: a tensor, or a mapping from argument name to tensor.
+
+        By default those that `input_columns` names. Their tensors are the batch's own memory, as all that
+        `column_to_tensor` returns: a model that writes to its inputs needs `preprocess` to clone them.
 
         Args:
             batch: The rows that Ray Data gives, as Arrow.
@@ -158,19 +261,23 @@ class ZeroCopyPredictor:
         Returns:
             What `predict` gets. Tensors in it, also inside lists, tuples and mappings, are moved to the device.
         """
-        raise NotImplementedError
+        assert self.input_columns is not None
+        return _defaults.columns_to_inputs(batch, self.input_columns, _name(type(self)))
 
     def predict(self, inputs: Any) -> Any:
         """Call the model: with a mapping's items as keyword arguments, with anything else as the one argument.
 
-        Override it to call another method, or to reduce large outputs before they leave the device.
+        The tuple that several `input_columns` give becomes positional arguments. Override it to call another
+        method, or to reduce large outputs before they leave the device.
         """
         if isinstance(inputs, Mapping):
             return self.model(**inputs)
+        if isinstance(inputs, _defaults.Arguments):
+            return self.model(*inputs)
         return self.model(inputs)
 
     def postprocess(self, outputs: Any, batch: pa.Table) -> Any:
-        """Turn the model's outputs into the rows that go on.
+        """Turn the model's outputs into the rows that go on; by default append `output_column` to the batch.
 
         Args:
             outputs: What `predict` returned, tensors moved to the host.
@@ -180,21 +287,170 @@ class ZeroCopyPredictor:
             A `pyarrow.Table` or `RecordBatch`, a `pandas.DataFrame`, or a mapping from column name to array,
             tensor or list, all of one length; or a generator of such. Rows need not be as many as came in.
         """
-        raise NotImplementedError
+        assert self.output_column is not None
+        name = _name(type(self))
+        kept = _defaults.kept(batch, self.keep_columns, name)
+        return _defaults.append_outputs(outputs, kept, len(batch), self.output_column, name)
 
     # ------------------------------------------------------------ for Ray Data to call
 
     def __call__(self, batch: Any) -> Any:
-        """Take one batch through `preprocess`, `predict` and `postprocess`."""
-        name = _name(type(self))
-        table = _to_arrow(batch, name)
+        """Take one batch through `preprocess`, `predict` and `postprocess`.
+
+        Returns:
+            The rows, or a generator of rows where `postprocess` returned one, or where parts of the batch have
+            columns of different types.
+        """
+        with self.totals.busy():
+            results = self._results(to_arrow(batch, _name(type(self))))
+            first = next(results)
+            if inspect.isgenerator(first):
+                return self._from_generators(first, results)
+            rows = [first, *results]
+        self._completed()
+        return first if len(rows) == 1 else joined(rows)
+
+    def _from_generators(self, generator: Any, results: Iterator[Any]) -> Iterator[Any]:
+        """Yield the rows of each part's generator; its code runs when Ray Data asks for rows."""
+
+        @contextlib.contextmanager
+        def step() -> Iterator[None]:
+            with self.totals.busy(), self.totals.stage("postprocess"):
+                yield
+
+        while generator is not None:
+            yield from each_to_rows(generator, step, _name(type(self)))
+            with self.totals.busy():
+                generator = next(results, None)
+        self._completed()
+
+    def _completed(self) -> None:
+        self.totals.count(batches=1)
+        if self.totals.due():
+            _log(str(self.totals))
+
+    # ------------------------------------------------------------ a batch in parts
+
+    def _results(self, table: pa.Table) -> Iterator[Any]:
+        """Yield what `postprocess` gave for each part of the batch, in order.
+
+        Where the device's memory is too small for a part, that part and what follows are split into halves.
+        """
+        begin, end, split = 0, len(table), False
+        while True:
+            size = min(self.micro_batch_size or end, self._fitting or end)
+            try:
+                if end - begin <= size:
+                    yield self._serially(table, range(begin, end))
+                else:
+                    for part, rows in self._stages.overlap(
+                        ranges(begin, end, size), lambda part: self._before(table, part), self._model, self._after
+                    ):
+                        yield rows
+                        begin = part.stop
+                break
+            except torch.cuda.OutOfMemoryError:
+                size = min(size, end - begin)
+                if size <= 1:
+                    raise
+            self._make_room(size)
+            split = True
+        if split:
+            self._say_split(end)
+
+    def _serially(self, table: pa.Table, part: range) -> Any:
         with torch.inference_mode():
-            inputs = _to_device(self.preprocess(table), self.device)
-            outputs = _to_device(self.predict(inputs), torch.device("cpu"))
-            rows = self.postprocess(outputs, table)
-            if inspect.isgenerator(rows):
-                return _each_to_rows(rows, name)
-            return _to_rows(rows, name)
+            return self._after(self._stages.in_model_thread(self._model, self._before(table, part)))
+
+    def _before(self, table: pa.Table, rows: range) -> _Part:
+        batch = table.slice(rows.start, len(rows))
+        with self.totals.stage("preprocess"):
+            part = _Part(batch, batch, {})
+            try:
+                inputs = self.preprocess(batch)
+            except torch.cuda.OutOfMemoryError:
+                raise
+            except Exception as error:
+                if self.on_error == "raise":
+                    raise
+                part.errors = _nulls.failing_rows(self.preprocess, batch, error)
+                part.good = _nulls.without(batch, part.errors)
+                if not len(part.good):
+                    return part
+                inputs = self.preprocess(part.good)
+            part.values, part.event = self._copies.begin(inputs)
+        return part
+
+    def _model(self, part: _Part) -> _Part:
+        if part.errors and not len(part.good):
+            return part
+        with self.totals.stage("predict"):
+            inputs = self._copies.arrive(part.values, part.event)
+            part.values = None
+            with self._autocast():
+                outputs = self.predict(inputs)
+            part.values, part.event = self._copies.leave(outputs)
+        return part
+
+    def _after(self, part: _Part) -> Any:
+        name = _name(type(self))
+        with self.totals.stage("postprocess"):
+            if part.errors and not len(part.good):
+                rows = self._all_null(part)
+            else:
+                rows = self.postprocess(self._copies.end(part.values, part.event), part.good)
+                rows = rows if inspect.isgenerator(rows) else to_rows(rows, name)
+                if self.on_error == "null":
+                    rows = _nulls.with_nulls(rows, part.good, part.batch, part.errors, name)
+                    self._schema = rows.schema
+        if part.errors and not self.totals.failed_rows:
+            said = next(iter(part.errors.values()))
+            _log(f"{name}: preprocess failed for {len(part.errors)} of {len(part.batch)} rows, the first with {said}")
+        self.totals.count(rows=len(part.batch), failed_rows=len(part.errors))
+        return rows
+
+    def _all_null(self, part: _Part) -> pa.Table:
+        if self._schema is not None:
+            return _nulls.null_columns(part.batch, part.errors, self._schema)
+        if _is_written(type(self), "postprocess"):
+            return _nulls.null_columns(part.batch, part.errors, part.batch.schema)
+        kept = _defaults.kept(part.batch, self.keep_columns, _name(type(self)))
+        outputs = [self.output_column] if isinstance(self.output_column, str) else (self.output_column or {}).values()
+        schema = pa.schema([*kept.schema, *(pa.field(column, pa.null()) for column in outputs)])
+        return _nulls.null_columns(part.batch, part.errors, schema)
+
+    def _make_room(self, size: int) -> None:
+        self._fitting = min(self._fitting or size, size // 2)
+        self.totals.count(retries=1)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _say_split(self, rows: int) -> None:
+        if not self._said_split:
+            self._said_split = True
+            _log(
+                f"{_name(type(self))}: {self.device} has too little memory for a batch of {rows} rows. This actor "
+                f"gives the model {self._fitting} rows at a time from now on, or fewer if need be. "
+                f"micro_batch_size={self._fitting} does so from the start.",
+                logging.WARNING,
+            )
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self._dtypes.autocast is None:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, self._dtypes.autocast)
+
+
+@dataclass
+class _Part:
+    """A part of a batch on its way: all its rows, those that preprocess took, what it said of the others."""
+
+    batch: pa.Table
+    good: pa.Table
+    errors: dict[int, str]
+    values: Any = None
+    event: Any = None
 
 
 # ---------------------------------------------------------------- what a class is told that is not complete
@@ -209,12 +465,34 @@ def _name(cls: type) -> str:
     return _written(cls).__name__
 
 
-def _check_written(cls: type[ZeroCopyPredictor]) -> None:
-    for method, signature in (("preprocess", "(self, batch)"), ("postprocess", "(self, outputs, batch)")):
-        if getattr(cls, method) is getattr(ZeroCopyPredictor, method):
+def _is_written(cls: type, method: str) -> bool:
+    return getattr(cls, method) is not getattr(ZeroCopyPredictor, method)
+
+
+_OPTIONS = (
+    "input_columns",
+    "output_column",
+    "keep_columns",
+    "dtype",
+    "compile",
+    "micro_batch_size",
+    "on_error",
+)
+
+
+def _check_complete(options: Any, cls: type[ZeroCopyPredictor]) -> None:
+    """Raise TypeError unless `options`, an instance or a class, says all that `cls` needs, each of its kind."""
+    name = _name(cls)
+    for method, signature, option in (
+        ("preprocess", "(self, batch)", "input_columns=['x']"),
+        ("postprocess", "(self, outputs, batch)", "output_column='prediction'"),
+    ):
+        if not _is_written(cls, method) and getattr(options, option.split("=")[0]) is None:
             raise TypeError(
-                f"{_name(cls)}.{method} is not written. A subclass of ZeroCopyPredictor defines {method}{signature}."
+                f"{name}.{method} is not written. A subclass of ZeroCopyPredictor defines {method}{signature}, or "
+                f"an option takes its place: {option}."
             )
+    _defaults.check_options(options, name)
 
 
 def _no_model(cls: type[ZeroCopyPredictor]) -> str:
@@ -227,131 +505,19 @@ def _no_model(cls: type[ZeroCopyPredictor]) -> str:
     )
 
 
-# ---------------------------------------------------------------- batches in and out
-
-
-def _to_arrow(batch: Any, name: str) -> pa.Table:
-    if isinstance(batch, pa.Table):
-        return batch
-    if isinstance(batch, pa.RecordBatch):
-        return pa.Table.from_batches([batch])
-    from ray.data.block import BlockAccessor  # 0.7 s to import; here it is imported already
-
-    if isinstance(batch, Mapping):
-        try:
-            return BlockAccessor.batch_to_arrow_block(dict(batch))
-        except (pa.ArrowException, TypeError, ValueError) as error:
-            raise TypeError(
-                f"{name} got a mapping that is no batch of columns ({error}). It is for ds.map_batches, which "
-                f"gives many rows at a time, not for ds.map or ds.flat_map."
-            ) from error
-    if _is_pandas(batch):
-        return BlockAccessor.for_block(batch).to_arrow()
-    raise TypeError(
-        f"{name} got a batch of type {type(batch).__module__}.{type(batch).__qualname__}, which is none of Ray "
-        f"Data's formats. Use it in ds.map_batches, best with batch_format='pyarrow'."
-    )
-
-
-def _is_pandas(value: Any) -> bool:
-    return type(value).__name__ == "DataFrame" and type(value).__module__.split(".")[0] == "pandas"
-
-
-def _to_device(values: Any, device: torch.device) -> Any:
-    """Return `values` with every tensor in it on `device`; what holds tensors keeps its type.
-
-    Looks into lists, tuples, mappings and dataclasses; anything else is left as it is.
-    """
-    if isinstance(values, torch.Tensor):
-        return values if values.device == device else values.to(device)  # copy: a device has memory of its own
-    if isinstance(values, Mapping):
-        moved = {key: _to_device(value, device) for key, value in values.items()}
-        if all(moved[key] is value for key, value in values.items()):
-            return values
-        if type(values) is dict or not isinstance(values, MutableMapping):
-            return moved
-        result = copy.copy(values)
-        for key, value in moved.items():
-            result[key] = value
-        return result
-    if isinstance(values, (list, tuple)):
-        items = [_to_device(value, device) for value in values]
-        if all(new is old for new, old in zip(items, values, strict=True)):
-            return values
-        return type(values)(*items) if hasattr(values, "_fields") else type(values)(items)
-    if dataclasses.is_dataclass(values) and not isinstance(values, type):
-        fields = {f.name: getattr(values, f.name) for f in dataclasses.fields(values) if f.init}
-        changed = {key: _to_device(value, device) for key, value in fields.items()}
-        if any(changed[key] is not value for key, value in fields.items()):
-            return dataclasses.replace(values, **changed)
-    return values
-
-
-def _each_to_rows(parts: Iterator[Any], name: str) -> Iterator[Any]:
-    while True:
-        with torch.inference_mode():
-            try:
-                part = next(parts)
-            except StopIteration:
-                return
-            rows = _to_rows(part, name)
-        yield rows
-
-
-def _to_rows(rows: Any, name: str) -> Any:
-    """Return what Ray Data accepts, or say what is wrong with what `postprocess` returned."""
-    if isinstance(rows, pa.Table) or _is_pandas(rows):
-        return rows
-    if isinstance(rows, pa.RecordBatch):
-        return pa.Table.from_batches([rows])
-    if not isinstance(rows, Mapping):
-        raise TypeError(
-            f"{name}.postprocess returned {_described(rows)}. Return a pyarrow.Table, or a mapping from column "
-            f"name to array or tensor, such as {{'prediction': outputs}}."
-        )
-    columns: dict[str, Any] = {}
-    for key, value in rows.items():
-        if str(key) in columns:
-            raise ValueError(f"{name}.postprocess returned two columns named '{key}'. Give each a name of its own.")
-        columns[str(key)] = _to_column(value, f"{name}.postprocess returned {_described(value)} as column '{key}'")
-    if len({len(column) for column in columns.values()}) > 1:
-        lengths = ", ".join(f"{key} has {len(column)}" for key, column in columns.items())
-        raise ValueError(
-            f"{name}.postprocess returned columns of unequal length: {lengths}. Every column needs one entry a row."
-        )
-    return pa.table(columns)
-
-
-def _to_column(values: Any, what: str) -> Any:
-    if isinstance(values, (pa.Array, pa.ChunkedArray)):
-        return values
-    if isinstance(values, torch.Tensor) and values.ndim > 0:
-        return tensor_to_column(values)
-    if isinstance(values, list) and values and all(isinstance(value, torch.Tensor) for value in values):
-        return tensor_to_column(values) if values[0].ndim else tensor_to_column(torch.stack(values))
-    sequence = isinstance(values, (list, tuple, range)) or type(values).__name__ in ("Series", "Index")
-    if not (sequence or (isinstance(values, np.ndarray) and values.ndim > 0)):
-        raise TypeError(f"{what}. A column is an array, a tensor or a list with one entry a row.")
-    from ray.data.block import BlockAccessor
-
-    return BlockAccessor.batch_to_arrow_block(
-        {"column": np.asarray(values) if not sequence else list(values)}
-    ).column(0)
-
-
-def _described(value: Any) -> str:
-    shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
-    return f"a {type(value).__module__}.{type(value).__qualname__}{shape}" if value is not None else "None"
-
-
 # ---------------------------------------------------------------- the log
 
 
-def _log(line: str) -> None:
-    """Log at INFO where somebody listens; else to standard error, which Ray shows in the driver."""
+def _log(line: str, level: int = logging.INFO) -> None:
+    """Log where somebody listens; else to standard error, which Ray shows in the driver."""
     if not logger.hasHandlers() and logger.level == logging.NOTSET:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
-    logger.info(line)
+    logger.log(level, line)
+
+
+def _log_totals(totals: Totals) -> None:
+    if totals.batches:
+        _log(str(totals))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
+import time
 from typing import Any
 
 import numpy as np
@@ -113,3 +117,40 @@ class TakesModel(AddOne):
     def __init__(self, model_ref: ModelRef, threads: int = 1) -> None:
         super().__init__(model_ref)
         self.threads = threads
+
+
+class OneThread(AddOne):
+    """Says in which thread the model was called, which must not be two at once."""
+
+    inside = 0
+
+    def predict(self, inputs: torch.Tensor) -> Any:
+        self.inside += 1
+        time.sleep(0.002)
+        if self.inside != 1:
+            raise RuntimeError("the model is called by two threads at once")
+        self.inside -= 1
+        return super().predict(inputs), threading.get_ident()
+
+    def postprocess(self, outputs: Any, batch: pa.Table) -> pa.Table:
+        values, thread = outputs
+        return super().postprocess(values, batch).append_column("thread", pa.array([thread] * len(batch)))
+
+
+class NoMultiplesOfSeven(AddOne):
+    """Cannot take some rows."""
+
+    def preprocess(self, batch: pa.Table) -> torch.Tensor:
+        bad = [x for x in batch["x"].to_pylist() if x % 7 == 0]
+        if bad:
+            raise ValueError(f"{bad[0]} is a multiple of seven")
+        return super().preprocess(batch)
+
+
+class Dies(AddOne):
+    """Ends its process at one row, as a segmentation fault does."""
+
+    def predict(self, inputs: torch.Tensor) -> torch.Tensor:
+        if (inputs == 13).any():
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().predict(inputs)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,22 @@ import pyarrow as pa
 import pytest
 import ray
 import torch
-from predictors import AddOne, Formats, Keywords, NoPostprocess, NoPreprocess, Overridden, TakesModel, WithOptions
+from predictors import (
+    AddOne,
+    Dies,
+    Formats,
+    Keywords,
+    NoMultiplesOfSeven,
+    NoPostprocess,
+    NoPreprocess,
+    Overridden,
+    TakesModel,
+    WithOptions,
+)
 from ray.data import ActorPoolStrategy
 from torch import nn
 
-from ray_zerocopy import ModelRef, ZeroCopyPredictor, load_model_in_actor, prepare_model_for_actors
+from ray_zerocopy import ModelRef, ZeroCopyPredictor, load_model_in_actor, memory, prepare_model_for_actors
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +167,7 @@ def test_classes_in_main_and_a_lost_attribute(tmp_path: Path) -> None:
     assert "AddOne.using(model_ref)" in lost
     assert "importable module (predictors)" in lost
     loaded = [line for line in (done.stdout + done.stderr).splitlines() if "loaded in" in line]
+    assert "InMain: 20 rows in " in done.stdout + done.stderr  # the totals, at the actor's end
     assert any("InMain: Linear loaded in" in line and "writes isolated" in line for line in loaded), done.stderr
 
 
@@ -252,6 +266,455 @@ def test_using_checks_its_arguments(model_ref: ModelRef) -> None:
         AddOne.using(nn.Linear(1, 1))
     with pytest.raises(TypeError, match=r"constructor of AddOne.*colour"):
         AddOne.using(model_ref, colour="red")
+
+
+# ---------------------------------------------------------------- the options that stand for methods
+
+
+class Two(nn.Module):
+    """Takes two inputs and returns two outputs, and says of which dtypes the inputs and the product were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> dict[str, torch.Tensor]:
+        assert a.dtype == self.linear.weight.dtype
+        product = self.linear(a)
+        self.said = product.dtype
+        return {"sum": product.sum(-1) + b, "product": product}
+
+
+@pytest.fixture(scope="module")
+def two(ray_session: None) -> tuple[Two, ModelRef]:
+    """Share a model of two inputs."""
+    model = Two().eval()
+    return model, prepare_model_for_actors(model)
+
+
+A = torch.arange(10.0).reshape(5, 2)
+PAIRS = pa.table(
+    {
+        "a": pa.FixedSizeListArray.from_arrays(pa.array(A.double().flatten().numpy()), 2),  # as Ray Data reads floats
+        "b": pa.array(range(5)),
+        "name": list("vwxyz"),
+    }
+)
+
+
+def test_defaults_on_ray_data(model_ref: ModelRef) -> None:
+    """The base class itself, with two options, is a predictor for map_batches."""
+    bound = ZeroCopyPredictor.using(model_ref, input_columns=["x"], output_column="y", keep_columns=False)
+    ds = numbers().map_batches(lambda batch: {"x": batch["x"].astype(np.float32)[:, None]})
+    ds = ds.map_batches(bound, batch_format="pyarrow", **POOL)
+    rows = ds.take_all()
+    assert sorted(float(row["y"][0]) for row in rows) == EXPECTED
+    assert {tuple(row) for row in rows} == {("y",)}
+
+
+@pytest.mark.parametrize("columns", [["a", "b"], {"b": "b", "a": "a"}], ids=["positional", "keywords"])
+def test_input_columns(columns: Any, two: tuple[Two, ModelRef]) -> None:
+    """Columns reach the model by position or by name, cast to the weights' dtype, and fields become columns."""
+    model, ref = two
+    outputs = {"product": "p", "sum": "s"}
+    rows = ZeroCopyPredictor(ref, input_columns=columns, output_column=outputs)(PAIRS)
+    with torch.inference_mode():
+        expected = model(A, torch.arange(5))
+    assert rows.column_names == ["a", "b", "name", "p", "s"]
+    assert rows.column("s").to_pylist() == expected["sum"].tolist()
+    assert (rows["p"].combine_chunks().to_numpy_ndarray() == expected["product"].numpy()).all()
+
+
+@pytest.mark.parametrize(
+    ("keep", "names"),
+    [(True, ["a", "b", "name"]), (False, []), ((), []), (["name"], ["name"]), ("b", ["b"])],
+)
+def test_keep_columns(keep: Any, names: list[str], two: tuple[Two, ModelRef]) -> None:
+    """The columns of the batch that go on are all, none, or those named."""
+    _, ref = two
+
+    class Named(ZeroCopyPredictor):
+        input_columns = ("a", "b")
+        output_column: Any = {"sum": "s"}  # noqa: RUF012
+        keep_columns = keep
+
+    assert Named(ref)(PAIRS).column_names == [*names, "s"]
+    assert Named(ref, keep_columns=["b", "a"])(PAIRS).column_names == ["b", "a", "s"]
+
+
+def test_outputs_by_position_and_attribute(two: tuple[Two, ModelRef]) -> None:
+    """A tuple's outputs are named by position, an object's by attribute; a list of tensors makes a ragged column."""
+    _, ref = two
+
+    class Returns(ZeroCopyPredictor):
+        input_columns = "b"
+        keep_columns = False
+
+        def predict(self, inputs: torch.Tensor) -> Any:
+            parts = [torch.arange(int(n)) for n in inputs]
+            return (inputs, parts) if isinstance(self.output_column, dict) and 0 in self.output_column else inputs
+
+    assert Returns(ref, output_column={0: "n", -1: "parts"})(PAIRS).to_pylist()[2] == {"n": 2, "parts": [0, 1]}
+    assert Returns(ref, output_column={"real": "n"})(PAIRS)["n"].to_pylist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"input_columns": ["a", "c"]}, ValueError, r"Wrong.input_columns: the batch has no column 'c'. It has 'a'"),
+        ({"input_columns": ["name"]}, TypeError, r"Wrong.input_columns: column 'name' \(string\).*tokenizer"),
+        ({"output_column": "y"}, TypeError, r"outputs, a builtins.dict, make no column 'y'.*\{'sum': \.\.\., 'pro"),
+        ({"output_column": {"logits": "y"}}, TypeError, r"has no output 'logits'. Name the outputs: output_column="),
+        ({"output_column": {"sum": "name"}}, ValueError, r"has a column 'name' already.*keep_columns"),
+        ({"keep_columns": ["z"]}, ValueError, r"Wrong.keep_columns names 'z', and the batch has 'a', 'b', 'name'"),
+        ({"rows": 3}, ValueError, r"shape \(3,\), have 3 rows for a batch of 5.*Write postprocess"),
+    ],
+)
+def test_wrong_batches_and_outputs(
+    options: dict[str, Any], error: type[Exception], words: str, two: tuple[Two, ModelRef]
+) -> None:
+    """What a batch or the model's outputs lack is an error of the user's class, with the option and the remedy."""
+
+    class Wrong(ZeroCopyPredictor):
+        input_columns = ("a", "b")
+        output_column: Any = {"sum": "s"}  # noqa: RUF012
+        rows = options.pop("rows", 5)
+
+        def predict(self, inputs: Any) -> Any:
+            return {key: value[: self.rows] for key, value in super().predict(inputs).items()}
+
+    with pytest.raises(error, match=words):
+        Wrong(two[1], **options)(PAIRS)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("input_columns", 3),
+        ("input_columns", []),
+        ("input_columns", {1: "a"}),
+        ("output_column", ["y"]),
+        ("output_column", {"sum": 1}),
+        ("keep_columns", [1]),
+        ("compile", "eager"),
+        ("micro_batch_size", 0),
+        ("micro_batch_size", True),
+        ("on_error", "ignore"),
+        ("dtype", "bfloat16"),
+        ("dtype", torch.int8),
+    ],
+)
+def test_options_of_the_wrong_kind(option: str, value: Any, model_ref: ModelRef) -> None:
+    """An option of the wrong kind is said with the class and the option, by `using` in the driver too."""
+    given = {"input_columns": "x", "output_column": "y"} | {option: value}
+    with pytest.raises(TypeError, match=f"ZeroCopyPredictor.{option} is "):
+        ZeroCopyPredictor.using(model_ref, **given)
+    with pytest.raises(TypeError, match=f"ZeroCopyPredictor.{option} is "):
+        ZeroCopyPredictor(model_ref, **given)
+
+
+def test_options_of_a_class_with_its_own_constructor(model_ref: ModelRef) -> None:
+    """`using` gives this class's options to a subclass whose constructor knows nothing of them."""
+    bound = TakesModel.using(model_ref, threads=3, dtype=torch.bfloat16)
+    assert bound().threads == 3
+    assert bound().dtype is torch.bfloat16
+    assert TakesModel(model_ref).dtype is None
+
+
+# ---------------------------------------------------------------- dtype and compile
+
+
+def test_dtype_by_autocast(two: tuple[Two, ModelRef]) -> None:
+    """Weights of another dtype stay as they are, shared, and the forward runs under autocast."""
+    predictor = ZeroCopyPredictor(
+        two[1], input_columns=["a", "b"], output_column={"product": "y"}, dtype=torch.bfloat16
+    )
+    predictor(PAIRS)
+    assert predictor.model.said == torch.bfloat16
+    assert predictor.model.linear.weight.dtype == torch.float32
+    assert memory.model_memory(predictor.model).private == 0
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_dtype_cast_before_sharing(ray_session: None) -> None:
+    """Weights cast before sharing get floating inputs of their dtype, from a method of one's own too."""
+    ref = prepare_model_for_actors(Two().to(torch.bfloat16))
+
+    class Own(ZeroCopyPredictor):
+        output_column: Any = {"product": "y"}  # noqa: RUF012
+
+        def preprocess(self, batch: pa.Table) -> dict[str, torch.Tensor]:
+            return {"a": A, "b": torch.arange(5)}
+
+    predictor = Own(ref, dtype=torch.bfloat16)
+    assert predictor(PAIRS)["y"].combine_chunks().to_numpy_ndarray().dtype == np.float32
+    assert predictor.model.said == torch.bfloat16
+    assert predictor._dtypes.autocast is None
+
+
+def test_dtype_that_would_copy_the_weights(two: tuple[Two, ModelRef]) -> None:
+    """A dtype that only casting could give is refused, with the way to cast before sharing."""
+    with pytest.raises(ValueError, match=r"model.to\(torch.float64\)"):
+        ZeroCopyPredictor(two[1], input_columns="a", output_column="y", dtype=torch.float64)
+
+
+def large_tensors(nbytes: int) -> set[int]:
+    """Return where the tensors of this process are whose storage is of that size."""
+    gc.collect()
+    found = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, nn.Parameter)]
+    return {t.data_ptr() for t in found if t.layout is torch.strided and t.untyped_storage().nbytes() == nbytes}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch, of itself
+def test_compile_keeps_the_weights_shared(ray_session: None) -> None:
+    """A model compiled by inductor gives the same, on the shared weights, with no second copy of them."""
+    model = nn.Sequential(nn.Linear(64, 517), nn.ReLU(), nn.Linear(517, 3)).eval()
+    table = pa.table({"x": pa.FixedSizeListArray.from_arrays(pa.array(np.ones(640, np.float32)), 64)})
+    predictor = ZeroCopyPredictor(
+        prepare_model_for_actors(model), input_columns="x", output_column="y", compile={"dynamic": True}
+    )
+    before = large_tensors(4 * 64 * 517)
+    rows = predictor(table)
+    with torch.inference_mode():
+        expected = model(torch.ones(10, 64))
+    torch.testing.assert_close(torch.from_numpy(rows["y"].combine_chunks().to_numpy_ndarray().copy()), expected)
+    assert predictor.model._compiled_call_impl is not None
+    assert large_tensors(4 * 64 * 517) == before  # the model's, and the source's
+    assert memory.model_memory(predictor.model).private == 0
+
+
+def test_compile_does_not_compile_without_end(two: tuple[Two, ModelRef]) -> None:
+    """Batches of many sizes compile a model two times, or three, not once a size."""
+    compiled = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    class Sizes(ZeroCopyPredictor):
+        input_columns = ("a", "b")
+        output_column: Any = {"product": "y"}  # noqa: RUF012
+
+    torch._dynamo.reset()
+    predictor = Sizes(two[1], compile={"backend": backend})
+    large = pa.concat_tables([PAIRS] * 8)
+    for size in (32, 16, 7, 40, 1, 2, 3, 31):
+        predictor(large.slice(0, size))
+    assert 1 <= len(compiled) <= 3
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch, of itself
+def test_compile_refuses_what_is_compiled(ray_session: None) -> None:
+    """TorchScript is not for torch.compile, and the error says so."""
+    ref = prepare_model_for_actors(torch.jit.trace(nn.Linear(1, 1), torch.ones(1, 1)))
+    with pytest.raises(TypeError, match=r"ZeroCopyPredictor.compile is set.*RecursiveScriptModule"):
+        ZeroCopyPredictor(ref, input_columns="x", output_column="y", compile=True)
+
+
+# ---------------------------------------------------------------- rows that fail
+
+
+def seven(x: int) -> str | None:
+    return f"ValueError: {x} is a multiple of seven" if x % 7 == 0 else None
+
+
+def test_on_error_null_on_ray_data(model_ref: ModelRef) -> None:
+    """Rows that preprocess cannot take become nulls with what it said, in order, and the job goes on."""
+    ds = numbers().map_batches(
+        NoMultiplesOfSeven.using(model_ref, on_error="null", micro_batch_size=4), batch_format="pyarrow", **POOL
+    )
+    rows = ds.take_all()
+    expected = [{"x": x, "y": None if seven(x) else x + 1.0, "error": seven(x)} for x in range(40)]
+    assert sorted(rows, key=lambda row: row["x"]) == expected
+
+
+@pytest.mark.parametrize("size", [None, 1, 3, 40])
+def test_on_error_null_has_one_schema(size: int | None, model_ref: ModelRef) -> None:
+    """Batches with errors and without have one schema, and failed rows are counted once, whatever the parts."""
+    predictor = NoMultiplesOfSeven(model_ref, on_error="null", micro_batch_size=size)
+    without = predictor({"x": np.arange(1, 7)})
+    assert without["error"].to_pylist() == [None] * 6
+    rows = predictor({"x": np.arange(30)})
+    assert rows.schema == without.schema
+    assert rows["x"].to_pylist() == list(range(30))
+    assert rows["error"].to_pylist() == [seven(x) for x in range(30)]
+    assert rows["y"].to_pylist() == [None if seven(x) else x + 1.0 for x in range(30)]
+    assert (predictor.totals.rows, predictor.totals.failed_rows) == (36, 5)
+    all_failed = predictor({"x": np.array([7, 14])})
+    assert all_failed.schema == without.schema
+    assert all_failed["x"].to_pylist() == [7, 14]
+    assert all_failed["y"].null_count == 2
+
+
+def test_on_error_null_with_the_defaults(ray_session: None) -> None:
+    """The default postprocess gives nulls in tensor columns, kept columns, and of type null before any success."""
+
+    class Decodes(ZeroCopyPredictor):
+        output_column = "y"
+        keep_columns = ("text", "score")
+        on_error = "null"
+
+        def preprocess(self, batch: pa.Table) -> torch.Tensor:
+            return torch.tensor([[float(text)] for text in batch["text"].to_pylist()])
+
+    model = nn.Linear(1, 2)
+    nn.init.ones_(model.weight)
+    nn.init.zeros_(model.bias)
+    predictor = Decodes(prepare_model_for_actors(model))
+    first = predictor(pa.table({"text": ["a", "b"], "score": [float("nan")] * 2, "other": [1, 2]}))
+    assert first.column_names == ["text", "score", "y", "error"]
+    assert first["y"].type == pa.null()
+    assert first["error"][0].as_py() == "ValueError: could not convert string to float: 'a'"
+    rows = predictor(pa.table({"text": ["1", "b", "3"], "score": [float("nan")] * 3, "other": [1, 2, 3]}))
+    assert rows["text"].to_pylist() == ["1", "b", "3"]
+    assert rows["score"].null_count == 0  # kept as it was, also where it is NaN
+    assert [None if y is None else y.tolist() for y in rows["y"].to_pylist()] == [[1, 1], None, [3, 3]]
+
+
+@pytest.mark.parametrize(
+    ("result", "error", "words"),
+    [
+        (lambda y: {"y": y[:1]}, ValueError, "postprocess returned 1 rows for 4, so on_error='null' cannot tell"),
+        (lambda y: ({"y": part} for part in y), TypeError, "postprocess returned a builtins.generator"),
+        (lambda y: {"error": y}, ValueError, "a column 'error' already"),
+    ],
+)
+def test_on_error_null_needs_a_row_for_each(
+    result: Any, error: type[Exception], words: str, model_ref: ModelRef
+) -> None:
+    """A postprocess whose rows cannot be told apart is an error, also for a batch in which nothing failed."""
+
+    class Changes(NoMultiplesOfSeven):
+        on_error = "null"
+
+        def postprocess(self, outputs: torch.Tensor, batch: pa.Table) -> Any:
+            return result(outputs[:, 0])
+
+    for x in ([1, 2, 3, 4], [7, 1, 2, 3, 4]):
+        with pytest.raises(error, match=words):
+            Changes(model_ref)({"x": np.array(x)})
+
+
+def test_on_error_null_is_for_rows(model_ref: ModelRef) -> None:
+    """An error that no row has by itself, or that comes from the model, still ends the job."""
+
+    class Together(AddOne):
+        on_error = "null"
+
+        def preprocess(self, batch: pa.Table) -> torch.Tensor:
+            if len(batch) > 3:
+                raise RuntimeError("too many together")
+            return super().preprocess(batch)
+
+        def predict(self, inputs: torch.Tensor) -> torch.Tensor:
+            raise KeyError("of the model")
+
+    with pytest.raises(RuntimeError, match="too many together"):
+        Together(model_ref)({"x": np.arange(5)})
+    with pytest.raises(KeyError, match="of the model"):
+        Together(model_ref)({"x": np.arange(3)})
+
+
+# ---------------------------------------------------------------- where the time went
+
+
+def test_totals(model_ref: ModelRef) -> None:
+    """The totals say how long each stage took and how long no batch was there, and print as one line."""
+
+    class Slow(AddOne):
+        def preprocess(self, batch: pa.Table) -> torch.Tensor:
+            time.sleep(0.02)
+            return super().preprocess(batch)
+
+        def predict(self, inputs: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.04)
+            return super().predict(inputs)
+
+        def postprocess(self, outputs: torch.Tensor, batch: pa.Table) -> Any:
+            for _ in range(3):
+                time.sleep(0.02)
+                yield {"y": outputs[:, 0]}
+
+    predictor = Slow(model_ref)
+    for _ in range(2):
+        assert len(list(predictor(BATCH))) == 3
+        time.sleep(0.1)
+    seconds = predictor.totals.seconds
+    assert 0.04 <= seconds["preprocess"] < seconds["predict"] < seconds["postprocess"]
+    assert seconds["predict"] >= 0.08
+    assert seconds["postprocess"] >= 0.12
+    assert seconds["waiting"] >= 0.1
+    assert "Slow: 10 rows in 2 batches" in str(predictor.totals)
+    assert all(f"{stage} 0." in str(predictor.totals) for stage in seconds)
+
+
+def test_totals_are_logged(
+    model_ref: ModelRef, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line is logged when the predictor goes, and once a period while it works; not if it did nothing."""
+    caplog.set_level("INFO")
+
+    def lines() -> int:
+        return sum("batches and" in record.message for record in caplog.records)
+
+    predictor = AddOne(model_ref)
+    predictor(BATCH)
+    assert lines() == 0
+    del predictor
+    gc.collect()
+    assert lines() == 1
+    monkeypatch.setattr("ray_zerocopy._metrics.SUMMARY_SECONDS", 0.0)
+    predictor = AddOne(model_ref)
+    predictor(BATCH)
+    assert lines() == 2
+    idle = AddOne(model_ref)
+    del idle
+    gc.collect()
+    assert lines() == 2
+
+
+def test_metrics(model_ref: ModelRef, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's metrics get load seconds, bytes, seconds by stage, rows, failed rows and retries, with the class."""
+    recorded: list[tuple[str, float, dict[str, str]]] = []
+    record = ray.util.metrics.Metric._record
+
+    def seen(self: Any, value: float, tags: Any = None) -> None:
+        record(self, value, tags)
+        recorded.append((self.info["name"], value, tags))
+
+    monkeypatch.setattr(ray.util.metrics.Metric, "_record", seen)
+
+    class Small(NoMultiplesOfSeven):
+        def predict(self, inputs: torch.Tensor) -> torch.Tensor:
+            if len(inputs) > 4:
+                raise torch.OutOfMemoryError
+            return super().predict(inputs)
+
+    predictor = Small(model_ref, on_error="null")
+    predictor({"x": np.arange(8)})
+    values = {name: value for name, value, _ in recorded}
+    assert values["zerocopy_load_seconds"] == predictor.loaded.seconds
+    assert values["zerocopy_bytes_shared"] == predictor.loaded.shared == 128
+    assert values["zerocopy_bytes_private"] == 0
+    assert values["zerocopy_memory_retries"] == 1
+    assert sum(value for name, value, _ in recorded if name == "zerocopy_rows") == 8
+    assert sum(value for name, value, _ in recorded if name == "zerocopy_failed_rows") == 2
+    stages = {tags["stage"] for name, _, tags in recorded if name == "zerocopy_stage_seconds"}
+    assert stages == {"waiting", "preprocess", "predict", "postprocess"}
+    assert {tags["predictor"] for _, _, tags in recorded} == {"Small"}
+
+
+@pytest.mark.filterwarnings("ignore:`ray_remote_args` is deprecated")  # there is no other way to say it yet
+def test_a_worker_that_dies_ends_the_job(model_ref: ModelRef) -> None:
+    """With Ray Data's limits on restarts, a row that kills its process ends the job instead of running forever."""
+    limits = {"max_restarts": 1, "max_task_retries": 1}
+    ds = ray.data.range(20, override_num_blocks=2).rename_columns({"id": "x"})
+    ds = ds.map_batches(Dies.using(model_ref), compute=ActorPoolStrategy(size=1), num_cpus=0.1, **limits)
+    with pytest.raises(ray.exceptions.RayError, match="died"):
+        ds.take_all()
+
+
+# ---------------------------------------------------------------- errors
 
 
 def test_an_error_in_a_method_is_the_users_own(model_ref: ModelRef) -> None:
