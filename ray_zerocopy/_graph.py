@@ -91,7 +91,12 @@ def take_apart(obj: object, leave_out: tuple[type, ...] = (), objects: Sequence[
     except Exception as error:
         raise _unpicklable(obj, leave_out, objects, error) from error
     return Parts(
-        stream.getvalue(), pickler.tensors, pickler.arrays, pickler.carried, pickler.composed, pickler.constructs
+        stream.getvalue(),
+        pickler.tensors,
+        pickler.arrays,
+        pickler.carried,
+        pickler.composed,
+        pickler.constructs or bool(pickler.composed),
     )
 
 
@@ -530,24 +535,23 @@ class _Unpickler(pickle.Unpickler):
         return torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
 
 
-_LOOK_AT_NOTHING = (
-    *(_new, _set_state, _rebuild_decorated, _set_attributes, collections.OrderedDict, functools.partial),
-    *(set, frozenset, getattr, torch.Size, torch.device),
-)
-_TORCHS_SETSTATE = (None, torch.nn.Module.__setstate__, torch.nn.RNNBase.__setstate__)
+_LOOK_AT_NOTHING = (_new, _set_state, _rebuild_decorated, _set_attributes)
 
 
 def _looks_at_nothing(found: Any) -> bool:
     """Tell whether unpickling with this class, function or constant reads no tensor's bytes.
 
-    Of a class this holds where its instances are made empty and given their state; see `Parts.constructs`.
+    It is asked where not `Parts.constructs`: then objects are made empty and given their state, and the functions
+    that are called are those of this package and of cloudpickle; any other is only referred to.
     """
-    if not callable(found) or any(found is known for known in _LOOK_AT_NOTHING):
-        return True
     if not isinstance(found, type):
-        return False
-    return issubclass(found, (enum.Enum, torch.nn.Parameter)) or (
-        found.__new__ is object.__new__ and getattr(found, "__setstate__", None) in _TORCHS_SETSTATE
+        module = getattr(found, "__module__", None) or ""
+        runs = module.startswith(("ray.cloudpickle", f"{__package__}."))
+        return not runs or any(found is known for known in _LOOK_AT_NOTHING)
+    if issubclass(found, (enum.Enum, Tensor)) or found.__module__.startswith("torch.nn.modules."):
+        return True
+    return found.__new__ is object.__new__ and (
+        getattr(found, "__setstate__", None) in (None, torch.nn.Module.__setstate__)
     )
 
 
