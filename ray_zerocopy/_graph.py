@@ -548,7 +548,8 @@ def _looks_at_nothing(found: Any) -> bool:
         module = getattr(found, "__module__", None) or ""
         runs = module.startswith(("ray.cloudpickle", f"{__package__}."))
         return not runs or any(found is known for known in _LOOK_AT_NOTHING)
-    if issubclass(found, (enum.Enum, Tensor)) or found.__module__.startswith("torch.nn.modules."):
+    known = found.__module__.startswith(("torch.nn.modules.", "builtins", "collections"))
+    if known or issubclass(found, (enum.Enum, Tensor)):
         return True
     return found.__new__ is object.__new__ and (
         getattr(found, "__setstate__", None) in (None, torch.nn.Module.__setstate__)
