@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import os
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -13,12 +15,16 @@ import pytest
 import ray
 import torch
 from conftest import Runner
-from models import CASES, Tied
+from describe import describe
+from late_device import Late
+from models import CASES, NAMES, Tied
 from torch import nn
 
 from ray_zerocopy import (
+    _device,
     _graph,
     _layout,
+    _mapping,
     _store,
     actor,
     load_model_in_actor,
@@ -182,6 +188,64 @@ def put_together_late(source: object) -> tuple[Any, bool]:
     if parts.constructs:
         arrived()
     return _graph.put_together(parts.skeleton, late, arrived=arrived)[0], bool(asked)
+
+
+# ---------------------------------------------------------------- the whole way, to a device made up
+
+
+@pytest.fixture(scope="module")
+def ring() -> _device.Ring:
+    return _device.Ring(Late(), slot_bytes=64 * 1024, threads=3, depth=4)
+
+
+def load_late(source: object, ring: _device.Ring, monkeypatch: pytest.MonkeyPatch, **how: Any) -> Any:
+    monkeypatch.setattr(_device, "ring_of", lambda device: ring)
+    return _store.get(prepare_model_for_actors(source), _store.How(torch.device("cuda", 0), keep_flags=True, **how))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_model_gets_there(name: str, ring: _device.Ring, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every model of the table arrives as it is, from the store's pages through slots, and is counted as a copy."""
+    source = CASES[name].make()
+    before = len(os.listdir("/proc/self/fd"))
+    loaded = load_late(source, ring, monkeypatch)
+    assert describe(loaded.model) == describe(source)
+    assert len(os.listdir("/proc/self/fd")) <= before
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _graph.take_apart(source).tensors}
+    assert loaded.private <= sum(storages.values())
+    assert loaded.private > 0 or not any(storages.values())
+
+
+def test_it_never_reads_the_private_view(ring: _device.Ring, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A load to a device maps nothing: the bytes come from the store's file, or its own mapping without one."""
+
+    def refuse(*_: object) -> Any:
+        raise _mapping.Unmappable("not here")
+
+    source = CASES["large_layers"].make()
+    monkeypatch.setattr(_mapping, "private_view", refuse)
+    assert describe(load_late(source, ring, monkeypatch).model) == describe(source)
+    monkeypatch.setattr(_mapping, "open_file", refuse)
+    loaded = load_late(source, ring, monkeypatch, dtype=torch.float64)
+    assert describe(loaded.model) == describe(copy.deepcopy(source).double())
+
+
+def test_an_error_in_the_skeleton_stops_the_upload(ring: _device.Ring, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A class that cannot be unpickled raises its own error, and leaves no thread and no descriptor."""
+    source = [torch.ones(1 << 20), Broken()]
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ArithmeticError, match="as ever"):
+        load_late(source, ring, monkeypatch)
+    assert not [thread for thread in threading.enumerate() if thread.name == "ray_zerocopy-upload"]
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+class Broken:
+    def __init__(self) -> None:
+        self.state = 1
+
+    def __setstate__(self, state: object) -> None:
+        raise ArithmeticError("as ever")
 
 
 # ---------------------------------------------------------------- a driver whose model is on a device
