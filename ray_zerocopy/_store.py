@@ -238,7 +238,8 @@ def _rebuild(model_ref: ModelRef, bodies: list[dict[str, Any]], how: How) -> tup
             source = memory.buffers if on_host else [buffer for stored in objects for buffer in _shared(stored)]
             storages = _layout.host_storages(layout, source, changed, how.dtype)
             if not on_host:
-                storages = [storage.to(device=how.device) for storage in storages]  # copy: it has memory of its own
+                as_bytes = [torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage) for storage in storages]
+                storages = [t.to(how.device).untyped_storage() for t in as_bytes]  # copy: it has memory of its own
         tensors = _layout.unpack(
             layout, memory.buffers, storages=storages, changed=changed, dtype=how.dtype, keep_flags=how.keep_flags
         )

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import os
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -238,6 +240,37 @@ def test_an_error_in_the_skeleton_stops_the_upload(ring: _device.Ring, monkeypat
         load_late(source, ring, monkeypatch)
     assert not [thread for thread in threading.enumerate() if thread.name == "ray_zerocopy-upload"]
     assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_pages_are_locked_once_a_handle(ring: _device.Ring, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With page_lock a handle's pages are locked at its first load, and let go when the handle goes."""
+    made: list[weakref.ref[Any]] = []
+
+    class Locked:
+        def __init__(self, device: torch.device, ranges: list[tuple[int, int]], keep_alive: object) -> None:
+            self.ranges = [(-(-begin // 4096) * 4096, end // 4096 * 4096) for begin, end in ranges]
+            made.append(weakref.ref(self))
+
+    monkeypatch.setattr(_device, "PageLock", Locked)
+    monkeypatch.setattr(_device, "ring_of", lambda device: ring)
+    source = CASES["large_layers"].make()
+    ref = prepare_model_for_actors(source)
+    how = _store.How(torch.device("cuda", 0), keep_flags=True, page_lock=True)
+    for _ in range(2):
+        assert describe(_store.get(ref, how).model) == describe(source)
+    assert [lock() is None for lock in made] == [False]
+    del ref
+    gc.collect()
+    assert [lock() is None for lock in made] == [True]
+
+
+def test_other_accelerators_get_a_plain_copy() -> None:
+    """A device other than CUDA goes by torch's own copy of each storage; "meta" stands for one here."""
+    source = CASES["tied"].make()
+    loaded = _store.get(prepare_model_for_actors(source), _store.How(torch.device("meta"), torch.bfloat16)).model
+    assert {(t.device.type, t.dtype) for t in loaded.state_dict().values()} == {("meta", torch.bfloat16)}
+    assert loaded.head.weight is loaded.embed.weight
+    assert loaded.head.weight.shape == source.head.weight.shape
 
 
 class Broken:
