@@ -480,21 +480,21 @@ def put_together(
         for tensor in flagged:
             if tensor.requires_grad and not torch.nn.parameter.is_lazy(tensor):
                 tensor.requires_grad_(False)
-    for module in recurrent:
-        _lay_out_for_cudnn(module)
+    if recurrent:
+        _lay_out_for_cudnn(recurrent, tensors)
     return obj, unpickler.import_seconds
 
 
-def _lay_out_for_cudnn(module: torch.nn.RNNBase) -> None:
-    """Bring an RNN's weights on a CUDA device into one block, as cuDNN wants them; else it does so in each call.
+def _lay_out_for_cudnn(modules: Sequence[torch.nn.RNNBase], tensors: Sequence[Tensor]) -> None:
+    """Bring each RNN's weights on a CUDA device into one block, as cuDNN wants them; else it does so in each call.
 
-    Not where they are in one storage already, nor where one is a view beside others: that tie would go.
+    Not where they are in one storage already, nor where another tensor sees one of them: that tie would go.
     """
-    weights = [weight for weight in module._flat_weights if isinstance(weight, Tensor) and weight.is_cuda]
-    storages = {weight.untyped_storage()._cdata for weight in weights}
-    whole = all(weight.nbytes == weight.untyped_storage().nbytes() for weight in weights)
-    if len(storages) == len(weights) > 1 and whole:
-        module.flatten_parameters()
+    seen = collections.Counter(tensor.untyped_storage()._cdata for tensor in tensors)
+    for module in modules:
+        storages = [w.untyped_storage()._cdata for w in module._flat_weights if isinstance(w, Tensor) and w.is_cuda]
+        if storages and all(seen[storage] == 1 for storage in storages):
+            module.flatten_parameters()
 
 
 class _Unpickler(pickle.Unpickler):

@@ -233,19 +233,26 @@ def test_ctrl_c() -> None:
     packed = _layout.pack(source)
     sources = stored(packed)
 
-    class Slow(Late):
+    class Interrupting(Late):
+        interrupted = False
+
         def wait(self, event: Event) -> None:
-            if self.copies == 10:
+            with self.lock:
+                now = self.copies >= 10 and not self.interrupted
+                self.interrupted |= now
+            if now:
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-                time.sleep(0.2)
+            time.sleep(0.05 if self.interrupted and self.copies < 30 else 0)
             super().wait(event)
 
-    engine = Slow()
+    whole = Late()
+    upload(packed, sources, _device.Ring(whole, SLOT, 3, 4))
+    engine = Interrupting()
     ring = _device.Ring(engine, SLOT, 3, 4)
     with pytest.raises(KeyboardInterrupt):
         upload(packed, sources, ring)
     assert not feeding()
-    assert engine.copies < sum(source.offset for source in sources) + packed.layout.buffers[0] // SLOT
+    assert 10 <= engine.copies < whole.copies
     assert_equal(upload(packed, sources, ring), source)
 
 
