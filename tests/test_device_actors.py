@@ -5,11 +5,15 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import json
 import os
+import subprocess
+import sys
 import threading
 import warnings
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,6 +52,46 @@ def saved(model: nn.Module) -> bytes:
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     return file.getvalue()
+
+
+# ---------------------------------------------------------------- what Ray assigned
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks what workers say whose torch finds no GPU")
+def test_the_device_is_what_ray_assigned() -> None:
+    """Half a GPU or a whole one is the device by default; none is the CPU; another worker's is an error."""
+    script = Path(__file__).parent / "assigned_script.py"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", str(script)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    for kind in ("half", "whole"):
+        said = found[kind]
+        assert (said["None"], said["'auto'"], said["'cpu'"]) == ("cuda:0", "cuda:0", "cpu")
+        assert "Ray assigned cuda:0 to this worker, but torch" in said["load"]
+        for device in ("'cuda'", "'cuda:0'", "0", "'cuda:1'"):
+            assert "finds no usable CUDA device" in said[device]
+    said = found["none"]
+    assert (said["None"], said["'auto'"], said["load"]) == ("cpu", "cpu", "cpu")
+    assert all("Ray assigned no GPU to this worker" in said[device] for device in ("'cuda'", "0", "'cuda:1'"))
+
+
+def test_another_workers_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two GPUs that torch sees, the one that Ray gave to another worker is refused, by name or index."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    second = torch.device("cuda", 1)
+    for device in (None, "auto", "cuda", "cuda:1", 1, second):
+        assert _device.resolve(device, ["5"]) == second
+    for device in ("cuda:0", 0, torch.device("cuda", 0)):
+        with pytest.raises(ValueError, match=r"not among the GPUs of this worker, which are \['cuda:1'\]"):
+            _device.resolve(device, ["5"])
+    # A driver, to which Ray assigns nothing, may take any; "cuda" is its current one, as it is to torch.
+    assert [_device.resolve(device, None).index for device in ("cuda", "cuda:0", 0, 1)] == [1, 0, 0, 1]
+    assert _device.resolve(None, None) == torch.device("cpu")
 
 
 # ---------------------------------------------------------------- dtype on the CPU
