@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import collections
 import copyreg
+import enum
 import functools
 import gc
 import inspect
@@ -58,12 +59,16 @@ class Parts(NamedTuple):
 
     `skeleton` is the pickle stream, `tensors` what its placeholders stand for, `arrays` the buffers that
     non-torch objects (numpy arrays) gave out of band, and `carried` the objects left out by `leave_out`.
+    `composed` is the name of a class in it whose parts cannot become another dtype one by one, or empty.
+    `constructs` says whether objects are rebuilt by calling their classes, which may look at tensors.
     """
 
     skeleton: bytes
     tensors: list[Tensor]
     arrays: list[pickle.PickleBuffer]
     carried: list[Any]
+    composed: str
+    constructs: bool
 
 
 # ---------------------------------------------------------------- taking apart
@@ -83,13 +88,21 @@ def take_apart(obj: object, leave_out: tuple[type, ...] = (), objects: Sequence[
             pickler.dump(obj)
             # A second pickle in the same stream, with the same memo: which of the objects just pickled must be
             # touched to give eval mode and requires_grad=False.
-            pickler.dump((*_in_training(pickler.modules), pickler.flagged, pickler.opaque))
+            recurrent = [module for module in pickler.modules if isinstance(module, torch.nn.RNNBase)]
+            pickler.dump((*_in_training(pickler.modules), pickler.flagged, pickler.opaque, recurrent))
         except _script.BeginAgain:
             scripts.begin_again()
         except Exception as error:
             raise _unpicklable(obj, leave_out, objects, error) from error
         else:
-            return Parts(stream.getvalue(), pickler.tensors, pickler.arrays, pickler.carried)
+            return Parts(
+                stream.getvalue(),
+                pickler.tensors,
+                pickler.arrays,
+                pickler.carried,
+                pickler.composed,
+                pickler.constructs or bool(pickler.composed),
+            )
 
 
 class _Pickler(CloudPickler):  # type: ignore[misc]
@@ -116,6 +129,8 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
         self.flagged: list[Tensor] = []
         self.opaque: list[torch.nn.Module] = []
         self.scripts = scripts
+        self.composed = ""
+        self.constructs = False
         self._numbers: dict[int, int] = {}
         self._alive: list[object] = []
         self._unknown = self._meet
@@ -164,11 +179,13 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
         if isinstance(obj, torch.nn.Module):
             self.modules.append(obj)
             if isinstance(obj, torch.jit.ScriptModule):
+                self.composed = kind.__name__
                 return self.scripts.reduce(obj)
             if "parametrizations" in obj.__dict__.get("_modules", ()) and parametrize.is_parametrized(obj):
                 return _reduce_parametrized(obj)
             if kind in self.dispatch_table or not _has_default_reduce(kind):
                 self.opaque.append(obj)
+                self.constructs = True
             elif _has_plain_state(kind):
                 return _new, (kind,), _state_of(kind, obj), None, None, _set_state
             elif isinstance(state := _state_of(kind, obj), tuple) and not hasattr(kind, "__getnewargs__"):
@@ -178,17 +195,26 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
             self.flagged.append(obj)
             if _is_decorated(obj):
                 return _reduce_decorated(obj)
+            if any(True for _ in components(obj)):
+                self.composed = f"{kind.__name__} of {obj.dtype}"
             if kind is Tensor and obj.is_quantized:
                 return _reduce_quantized(obj)
             if kind is Tensor and obj.requires_grad and obj.layout is not torch.strided:
                 return Tensor.requires_grad_, (obj.detach(),), dict(obj.__dict__), None, None, _set_attributes
             return NotImplemented
         elif kind is torch.jit.ScriptFunction:
+            self.composed = kind.__name__
             return _script.reduce_script(obj)
         elif kind is torch.ScriptMethod:
+            self.composed = kind.__name__
             return self.scripts.reduce_method(obj)
         elif kind.__name__ == "ExportedProgram" and kind.__module__ == "torch.export.exported_program":
+            self.composed = kind.__name__
             return _reduce_exported(obj)
+        if not issubclass(kind, _REDUCED_BY_TORCH_OR_PYTHON) and (
+            kind in self.dispatch_table or not _has_default_reduce(kind)
+        ):
+            self.constructs = True
         return super().reducer_override(obj)
 
     def _number(self, key: object, tensor: Tensor) -> int:
@@ -217,6 +243,12 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
         if not small:
             self.arrays.append(buffer)
         return small
+
+
+_REDUCED_BY_TORCH_OR_PYTHON = (
+    *(type, enum.Enum, functools.partial, types.FunctionType, types.BuiltinFunctionType, types.MethodType),
+    *(torch.nn.Module, Tensor, torch.dtype, torch.Size, torch.device, torch.layout, torch.memory_format),
+)
 
 
 def _has_default_reduce(kind: Any) -> bool:
@@ -435,8 +467,12 @@ def put_together(
     carried: Sequence[object] = (),
     *,
     keep_flags: bool = False,
+    arrived: Callable[[], None] | None = None,
 ) -> tuple[Any, float]:
     """Rebuild the object from its skeleton around `tensors`, which take the places of those taken out.
+
+    Where their bytes are still on the way, `arrived` waits for them; it is called before any code runs that might
+    look at them.
 
     Returns it, and the seconds spent importing the modules of its classes: once per process, and often more
     than all else.
@@ -448,8 +484,11 @@ def put_together(
     unpickler.tensors = tensors
     unpickler.carried = carried
     unpickler.keep_flags = keep_flags
+    unpickler.arrived = arrived
     obj = unpickler.load()
-    roots, single, flagged, opaque = unpickler.load()
+    roots, single, flagged, opaque, recurrent = unpickler.load()
+    if arrived is not None:
+        arrived()  # eval() below may run a class's own train()
     if not keep_flags:
         for root in roots:
             root.eval()
@@ -460,13 +499,28 @@ def put_together(
         for tensor in flagged:
             if tensor.requires_grad and not torch.nn.parameter.is_lazy(tensor):
                 tensor.requires_grad_(False)
+    if recurrent:
+        _lay_out_for_cudnn(recurrent, tensors)
     return obj, unpickler.import_seconds
+
+
+def _lay_out_for_cudnn(modules: Sequence[torch.nn.RNNBase], tensors: Sequence[Tensor]) -> None:
+    """Bring each RNN's weights on a CUDA device into one block, as cuDNN wants them; else it does so in each call.
+
+    Not where they are in one storage already, nor where another tensor sees one of them: that tie would go.
+    """
+    seen = collections.Counter(tensor.untyped_storage()._cdata for tensor in tensors)
+    for module in modules:
+        storages = [w.untyped_storage()._cdata for w in module._flat_weights if isinstance(w, Tensor) and w.is_cuda]
+        if storages and all(seen[storage] == 1 for storage in storages):
+            module.flatten_parameters()
 
 
 class _Unpickler(pickle.Unpickler):
     tensors: Sequence[Tensor]
     carried: Sequence[object]
     keep_flags: bool
+    arrived: Callable[[], None] | None
     import_seconds = 0.0
 
     def find_class(self, module: str, name: str) -> Any:
@@ -476,11 +530,15 @@ class _Unpickler(pickle.Unpickler):
         if not collecting:
             gc.enable()
         try:
-            return super().find_class(module, name)
+            found = super().find_class(module, name)
         finally:
             if not collecting:
                 gc.disable()
             self.import_seconds += time.perf_counter() - begin
+        if self.arrived is not None and not _looks_at_nothing(found):
+            self.arrived()
+            self.arrived = None
+        return found
 
     def persistent_load(self, pid: Any) -> Any:
         if type(pid) is int:
@@ -494,6 +552,27 @@ class _Unpickler(pickle.Unpickler):
         if dtype is None:
             return storage
         return torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
+
+
+_LOOK_AT_NOTHING = (_new, _set_state, _rebuild_decorated, _set_attributes)
+
+
+def _looks_at_nothing(found: Any) -> bool:
+    """Tell whether unpickling with this class, function or constant reads no tensor's bytes.
+
+    It is asked where not `Parts.constructs`: then objects are made empty and given their state, and the functions
+    that are called are those of this package and of cloudpickle; any other is only referred to.
+    """
+    if not isinstance(found, type):
+        module = getattr(found, "__module__", None) or ""
+        runs = module.startswith(("ray.cloudpickle", f"{__package__}."))
+        return not runs or any(found is known for known in _LOOK_AT_NOTHING)
+    known = found.__module__.startswith(("torch.nn.modules.", "builtins", "collections"))
+    if known or issubclass(found, (enum.Enum, Tensor)):
+        return True
+    return found.__new__ is object.__new__ and (
+        getattr(found, "__setstate__", None) in (None, torch.nn.Module.__setstate__)
+    )
 
 
 # ---------------------------------------------------------------- paths, for messages and reports

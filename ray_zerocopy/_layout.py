@@ -12,7 +12,8 @@ Tensors are views of storages; storages are bytes at an address; and two storage
     buffers        [======A=======]     [==B==|c|...]      a big one goes as it is, small ones are packed
 
 `unpack` goes back: every source storage becomes a torch storage of its own over its slice of a buffer, because
-`torch.save`, `deepcopy`, safetensors and Hugging Face all tell ties, and sizes, by storage.
+`torch.save`, `deepcopy`, safetensors and Hugging Face all tell ties, and sizes, by storage. On a device, or with
+another dtype, `arrange` says first where each storage is to lie there.
 """
 
 from __future__ import annotations
@@ -32,8 +33,13 @@ __all__ = [
     "BUFFER_ALONE",
     "Layout",
     "Packed",
+    "Placement",
     "Slice",
+    "Span",
     "View",
+    "arrange",
+    "casts",
+    "host_storages",
     "pack",
     "reachable",
     "unpack",
@@ -51,6 +57,10 @@ MOST_BUFFERS = 1000
 PACK_SHARE, PACK_AT_LEAST = 0.04, 4 << 20
 # A storage is cut down to what is reachable if that is at most this share of it.
 COMPACT_BELOW = 0.5
+# A storage that would be a buffer by itself begins at a multiple of this on a device, as torch's own allocations do.
+DEVICE_ALIGNMENT = 512
+# Storages on a device get addresses of this part of the line, where no memory of the host lies.
+_DEVICE_ADDRESSES = 1 << 64
 
 
 # Bytes of a buffer: its number, the offset, how many. Slices and views are plain tuples because every load
@@ -76,6 +86,17 @@ class Layout(NamedTuple):
     arrays: list[tuple[Slice, bool]]
 
 
+class _OnDevice(NamedTuple):
+    """Bytes of a storage that is not in host memory, from an offset on."""
+
+    storage: torch.UntypedStorage
+    offset: int
+
+    def bytes(self, nbytes: int) -> torch.Tensor:
+        empty = torch.empty(0, dtype=torch.uint8, device=self.storage.device)
+        return empty.set_(self.storage, self.offset, (nbytes,), (1,))
+
+
 class Buffer(NamedTuple):
     """A buffer to be: one range of the source's memory, or many small ones with their places in the buffer."""
 
@@ -85,25 +106,36 @@ class Buffer(NamedTuple):
     owners: list[object]
     """What keeps the addresses good."""
     packed: bool
+    on_device: dict[int, _OnDevice]
+    """The parts that are on a device, by address."""
+
+    @property
+    def staged(self) -> bool:
+        """Whether the bytes are in this process's memory only from `memory()` until what that returned goes."""
+        return self.packed or bool(self.on_device)
 
     def memory(self) -> memoryview:
-        """Return the bytes: a view of the source, or a fresh copy of the small parts."""
-        if not self.packed:
+        """Return the bytes: a view of the source, or a fresh copy of small parts and of those on a device."""
+        if not self.staged:
             ((_, address, nbytes),) = self.parts
             return _bytes_at(address, nbytes, self.owners)
-        pack = memoryview(bytearray(self.nbytes))
+        stage = np.zeros(self.nbytes, dtype=np.uint8).data
         for place, address, nbytes in self.parts:
-            # copy: thousands of small buffers would cost every load more than packing costs once
-            pack[place : place + nbytes] = _bytes_at(address, nbytes, None)
-        return pack
+            into = stage[place : place + nbytes]
+            if address in self.on_device:
+                # copy: the store is host memory
+                torch.frombuffer(into, dtype=torch.uint8).copy_(self.on_device[address].bytes(nbytes))
+            else:
+                # copy: thousands of small buffers would cost every load more than packing costs once
+                into[:] = _bytes_at(address, nbytes, None)
+        return stage
 
 
 class Packed(NamedTuple):
-    """A layout, and the buffers that it speaks of; `copied` counts the bytes that had to come from a device."""
+    """A layout, and the buffers that it speaks of."""
 
     layout: Layout
     buffers: list[Buffer]
-    copied: int
 
 
 # ---------------------------------------------------------------- packing
@@ -121,21 +153,24 @@ def pack(tensors: Sequence[torch.Tensor], arrays: Sequence[pickle.PickleBuffer] 
     """Lay out the storages under `tensors`, and `arrays`, in buffers.
 
     Every distinct storage is kept once. The buffers are views of the sources' own memory but for the small
-    ones, which are packed when their bytes are asked for, and those on a device, which come to the host.
+    ones, which are packed when their bytes are asked for, and those on a device, which come to the host then.
     """
     owners, numbers, ranges = reachable(tensors)
     extents: list[_Extent] = []
     begins: list[int] = []
-    copied = 0
+    on_device: dict[int, _OnDevice] = {}
+    unused = _DEVICE_ADDRESSES
     for storage, (low, high) in zip(owners, ranges, strict=True):
         begins.append(low)
-        extent, moved = _extent(storage, low, high)
-        copied += moved
-        extents.append(extent)
+        address = storage.data_ptr() + low
+        if not _on_host(storage):
+            address, unused = unused, unused + _aligned(high - low)
+            on_device[address] = _OnDevice(storage, low)
+        extents.append(_Extent(address, high - low, storage))
     for array in arrays:
         extents.append(_array_extent(array))
 
-    slices, buffers = _fill(extents)
+    slices, buffers = _fill(extents, on_device)
     users = Counter(numbers)
     views = [
         _view(tensor, number, begins[number], slices[number], users[number] == 1)
@@ -143,7 +178,7 @@ def pack(tensors: Sequence[torch.Tensor], arrays: Sequence[pickle.PickleBuffer] 
     ]
     array_slices = [(piece, array.raw().readonly) for piece, array in zip(slices[len(owners) :], arrays, strict=True)]
     layout = Layout([b.nbytes for b in buffers], slices[: len(owners)], views, array_slices)
-    return Packed(layout, buffers, copied)
+    return Packed(layout, buffers)
 
 
 def reachable(
@@ -192,12 +227,8 @@ def _keep(nbytes: int, low: int, high: int, align: int) -> tuple[int, int]:
     return (low, high) if high - low <= COMPACT_BELOW * nbytes else (0, nbytes)
 
 
-def _extent(storage: torch.UntypedStorage, low: int, high: int) -> tuple[_Extent, int]:
-    if storage.device.type != "cpu":
-        on_device = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, low, (high - low,), (1,))
-        host = on_device.cpu()  # copy: the store is host memory
-        return _Extent(host.data_ptr(), high - low, host), high - low
-    return _Extent(storage.data_ptr() + low, high - low, storage), 0
+def _on_host(storage: torch.UntypedStorage) -> bool:
+    return storage.device.type == "cpu"
 
 
 def _array_extent(array: pickle.PickleBuffer) -> _Extent:
@@ -205,7 +236,7 @@ def _array_extent(array: pickle.PickleBuffer) -> _Extent:
     return _Extent(raw.__array_interface__["data"][0], raw.nbytes, (raw, array))
 
 
-def _fill(extents: list[_Extent]) -> tuple[list[Slice], list[Buffer]]:
+def _fill(extents: list[_Extent], on_device: dict[int, _OnDevice]) -> tuple[list[Slice], list[Buffer]]:
     """Merge extents that share bytes, give the large ones a buffer each and pack the others into few."""
     order = sorted((i for i, e in enumerate(extents) if e.nbytes), key=lambda i: extents[i].address)
     merged: list[tuple[int, int, list[int]]] = []
@@ -235,25 +266,26 @@ def _fill(extents: list[_Extent]) -> tuple[list[Slice], list[Buffer]]:
         else:
             place(begin, end, members, 0)
             owners = [extents[i].owner for i in members]
-            buffers.append(Buffer(end - begin, [(0, begin, end - begin)], owners, False))
+            there = {begin: on_device[begin]} if begin in on_device else {}
+            buffers.append(Buffer(end - begin, [(0, begin, end - begin)], owners, False, there))
 
     most = max(PACK_AT_LEAST, int(PACK_SHARE * sum(end - begin for begin, end, _ in merged)))
     parts: list[tuple[int, int, int]] = []
     filled = 0
     for begin, end, members in small:
         if filled + end - begin > most and parts:
-            buffers.append(Buffer(filled, parts, [extents], True))
+            buffers.append(Buffer(filled, parts, [extents], True, on_device))
             parts, filled = [], 0
         place(begin, end, members, filled)
         parts.append((filled, begin, end - begin))
         filled += _aligned(end - begin)
     if parts:
-        buffers.append(Buffer(filled, parts, [extents], True))
+        buffers.append(Buffer(filled, parts, [extents], True, on_device))
     return slices, buffers
 
 
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+def _aligned(nbytes: int, alignment: int = ALIGNMENT) -> int:
+    return -(-nbytes // alignment) * alignment
 
 
 def _bytes_at(address: int, nbytes: int, owner: object) -> memoryview:
@@ -297,6 +329,118 @@ _FROM_BUFFER = frozenset(
 )
 
 
+# ---------------------------------------------------------------- another dtype, another place
+
+
+class Span(NamedTuple):
+    """Bytes to bring to a device: where they go and how many there, and the buffer and offset that they come from.
+
+    `cast` has the dtype that they have and the one that they get, where these differ.
+    """
+
+    place: int
+    nbytes: int
+    buffer: int
+    offset: int
+    cast: tuple[torch.dtype, torch.dtype] | None
+
+
+class Placement(NamedTuple):
+    """Where the storages of a layout lie in one block of `nbytes`: place and bytes of each, and what to copy."""
+
+    nbytes: int
+    storages: list[tuple[int, int]]
+    spans: list[Span]
+
+
+# What `dtype=` converts. The smaller ones are quantized weights, which mean nothing without scales of their own.
+_FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+
+
+def casts(layout: Layout, dtype: torch.dtype | None) -> dict[int, torch.dtype]:
+    """Return the numbers of the storages that change where floating-point tensors become `dtype`, with their dtype.
+
+    Raises ValueError where bytes are seen as more than one dtype: converted, they could not be shared any more.
+    """
+    if dtype is None:
+        return {}
+    if dtype not in _FLOATING:
+        raise ValueError(
+            f"dtype={dtype} is not one to convert weights to. Give float16, bfloat16, float32 or float64."
+        )
+    seen: dict[int, dict[torch.dtype, tuple[int, ...]]] = {}
+    for number, _, kind, _, shape, *_ in layout.views:
+        seen.setdefault(number, {})[kind] = shape
+    changed: dict[int, torch.dtype] = {}
+    for number, kinds in seen.items():
+        if _FLOATING.isdisjoint(kinds.keys() - {dtype}):
+            continue
+        if len(kinds) > 1:
+            raise _cannot_convert(dtype, " and ".join(f"{kind} {list(shape)}" for kind, shape in kinds.items()))
+        (changed[number],) = kinds
+    if changed:
+        end, last = (0, 0), -1
+        for (buffer, offset, nbytes), number in _in_order(layout.storages):
+            if (buffer, offset) < end and (number in changed or last in changed):
+                raise _cannot_convert(dtype, f"{seen[last]} and {seen[number]}")
+            end, last = max(end, (buffer, offset + nbytes)), number
+    return changed
+
+
+def _cannot_convert(dtype: torch.dtype, what: str) -> ValueError:
+    return ValueError(
+        f"dtype={dtype} cannot be applied: tensors share their bytes as {what}. Convert the model before sharing it."
+    )
+
+
+def _in_order(storages: list[Slice]) -> list[tuple[Slice, int]]:
+    return sorted((piece, number) for number, piece in enumerate(storages) if piece[2])
+
+
+def arrange(layout: Layout, changed: dict[int, torch.dtype], dtype: torch.dtype | None) -> Placement:
+    """Place the storages of a layout in one block, those of `changed` as `dtype`; what overlaps stays together."""
+    places = [(0, 0)] * len(layout.storages)
+    spans: list[Span] = []
+    filled = shift = 0
+    end = (0, 0)
+    order = _in_order(layout.storages)
+    for i, ((buffer, offset, nbytes), number) in enumerate(order):
+        begin, size, cast = (buffer, offset), nbytes, None
+        if number in changed and dtype is not None:
+            cast = (changed[number], dtype)
+            size = nbytes // changed[number].itemsize * dtype.itemsize
+        if begin >= end:
+            # Elements of what overlaps stay aligned together, as in the store.
+            overlapped = i + 1 < len(order) and order[i + 1][0][:2] < (buffer, offset + nbytes)
+            place = _aligned(filled, DEVICE_ALIGNMENT if nbytes >= BUFFER_ALONE else ALIGNMENT)
+            shift = place + (offset % 16 if overlapped else 0) - offset
+        place = offset + shift
+        places[number] = (place, size)
+        last = spans[-1] if spans else None
+        if last and last.cast is cast is None and (last.buffer, last.place - last.offset) == (buffer, shift):
+            spans[-1] = last._replace(nbytes=max(last.nbytes, offset + nbytes - last.offset))
+        else:
+            spans.append(Span(place, size, buffer, offset, cast))
+        end = max(end, (buffer, offset + nbytes))
+        filled = max(filled, place + size)
+    return Placement(filled, places, spans)
+
+
+def host_storages(
+    layout: Layout, buffers: Sequence[tuple[Any, int]], changed: dict[int, torch.dtype], dtype: torch.dtype | None
+) -> list[torch.UntypedStorage]:
+    """Return the storages of a layout over its buffers, those of `changed` converted into memory of their own."""
+    storages = []
+    for number, piece in enumerate(layout.storages):
+        storage = _storage(piece, buffers)
+        if number in changed:
+            kind = changed[number]
+            given = torch.empty(0, dtype=kind, device="cpu").set_(storage, 0, (piece[2] // kind.itemsize,), (1,))
+            storage = given.to(dtype).untyped_storage()  # copy: other bytes than those shared
+        storages.append(storage)
+    return storages
+
+
 # ---------------------------------------------------------------- unpacking
 
 
@@ -304,36 +448,37 @@ def unpack(
     layout: Layout,
     buffers: Sequence[tuple[Any, int]],
     *,
-    device: torch.device | None = None,
+    storages: Sequence[torch.UntypedStorage] | None = None,
+    changed: dict[int, torch.dtype] | None = None,
+    dtype: torch.dtype | None = None,
     keep_flags: bool = False,
 ) -> list[torch.Tensor]:
     """Make the tensors of a layout as views of writable buffers, each given with the offset at which it begins.
 
-    Every storage holds on to its buffer. With a `device`, storages are copied there. Unless `keep_flags`,
-    no tensor requires a gradient.
+    Every storage holds on to its buffer. With `storages` the tensors are views of these, wherever they are, and
+    those of the numbers `changed` have `dtype`. Unless `keep_flags`, no tensor requires a gradient.
     """
-    on_host = device is None or device.type == "cpu"
-    storages: list[torch.UntypedStorage | None] = [None] * len(layout.storages)
+    given = storages is not None
+    ready: list[torch.UntypedStorage | None] = [*storages] if storages is not None else [None] * len(layout.storages)
     pieces = layout.storages
     make_parameter = torch.Tensor._make_subclass
     parameter_type = torch.nn.Parameter
     tensors: list[torch.Tensor] = []
-    for number, elements, dtype, offset, shape, stride, parameter, flag, conjugate, negative in layout.views:
-        if elements and on_host:
+    for number, elements, kind, offset, shape, stride, parameter, flag, conjugate, negative in layout.views:
+        if elements and not given:
             # The quickest way there is, 2 us with the Parameter: the storage is made along with the tensor.
             buffer, begin, _ = pieces[number]
             memory, base = buffers[buffer]
-            tensor = torch.frombuffer(memory, dtype=dtype, count=elements, offset=base + begin)
+            tensor = torch.frombuffer(memory, dtype=kind, count=elements, offset=base + begin)
             if len(shape) != 1:
                 tensor.resize_(shape)
         else:
-            storage = storages[number]
+            storage = ready[number]
             if storage is None:
-                storage = _storage(pieces[number], buffers)
-                if device is not None and not on_host:
-                    storage = storage.to(device=device)  # copy: a device has memory of its own
-                storages[number] = storage
-            tensor = torch.empty(0, dtype=dtype, device=storage.device).set_(storage, offset, shape, stride)
+                storage = ready[number] = _storage(pieces[number], buffers)
+            if changed and number in changed and dtype is not None:
+                kind = dtype
+            tensor = torch.empty(0, dtype=kind, device=storage.device).set_(storage, offset, shape, stride)
         if conjugate:
             tensor = tensor.conj()
         if negative:

@@ -40,6 +40,7 @@ __all__ = [
     "Region",
     "Unmappable",
     "locate",
+    "open_file",
     "pin",
     "populate",
     "private_view",
@@ -216,14 +217,8 @@ def private_view(address: int, nbytes: int, keep_alive: object) -> tuple[Any, in
     Raises `Unmappable` with the reason where this process cannot reach the file behind the pages, and
     ZeroCopyError where the process or the machine has run out of descriptors, mappings or memory.
     """
-    region = region_at(address)
-    if region is None:
-        raise Unmappable(f"/proc/self/maps does not show the object store's memory (platform {sys.platform})")
-    if address + nbytes > region.end:
-        raise Unmappable("the object's bytes do not lie in one mapping of the store")
-    fd = _open_store(region.device, region.inode)
+    fd, offset = open_file(address, nbytes)
     try:
-        offset = region.offset + address - region.start
         begin = offset - offset % PAGE
         view = PrivateView(fd, begin, offset - begin + nbytes, keep_alive)
     except OSError as error:
@@ -232,6 +227,22 @@ def private_view(address: int, nbytes: int, keep_alive: object) -> tuple[Any, in
     finally:
         os.close(fd)
     return view.buffer(), offset - begin
+
+
+def open_file(address: int, nbytes: int) -> tuple[int, int]:
+    """Open the store's file, in which `[address, address + nbytes)` lies, for reading.
+
+    Returns a descriptor, which is the caller's to close, and the offset in the file of the byte at `address`.
+    Raises as `private_view` does.
+    """
+    region = region_at(address)
+    if region is None:
+        raise Unmappable(f"/proc/self/maps does not show the object store's memory (platform {sys.platform})")
+    if address + nbytes > region.end:
+        raise Unmappable("the object's bytes do not lie in one mapping of the store")
+    if not region.shared:
+        raise Unmappable("the bytes are this process's own")
+    return _open_store(region.device, region.inode), region.offset + address - region.start
 
 
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)

@@ -6,8 +6,10 @@ import contextlib
 import gc
 import os
 import pickle
+import threading
 import time
 import warnings
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,7 +20,7 @@ import ray.exceptions
 import torch
 from ray.actor import ActorHandle
 
-from . import _graph, _layout, _mapping
+from . import _device, _graph, _layout, _mapping
 from .errors import ModelLostError, ZeroCopyError, ZeroCopyWarning
 
 __all__ = ["Loaded", "ModelRef", "format_bytes", "get", "put"]
@@ -26,6 +28,9 @@ __all__ = ["Loaded", "ModelRef", "format_bytes", "get", "put"]
 # Bytes of buffers in one object of the store. Another node fetches an object from a node that has all of it,
 # so a large model in several objects spreads over the nodes while it is still arriving.
 OBJECT_BYTES = 4 << 30
+# Bytes that one object may have on a device: they are in this process's memory until the object has been put. A
+# storage is one buffer of one object, so a larger one takes as much as it is.
+STAGED_BYTES = 256 << 20
 # What Ray itself must pickle, in an object of the store: it counts who holds them.
 CARRIED = (ray.ObjectRef, ActorHandle)
 
@@ -111,7 +116,7 @@ def put(model: object, name: str | None = None) -> ModelRef:
     parts = _graph.take_apart(model, leave_out=CARRIED)
     packed = _layout.pack(parts.tensors, parts.arrays)
     layout = packed.layout
-    header = pickle.dumps((layout, parts.skeleton), protocol=5)
+    header = pickle.dumps((layout, parts.skeleton, parts.composed, parts.constructs), protocol=5)
     nbytes = sum(layout.buffers)
     name = name or type(model).__name__
     session = _session()
@@ -131,15 +136,18 @@ def put(model: object, name: str | None = None) -> ModelRef:
 def _grouped(buffers: list[_layout.Buffer]) -> list[tuple[int, int]]:
     """Return ranges of buffers for one object each; at least one range, so that there is an object.
 
-    No range has two packed buffers: each is a copy in this process until it has been put.
+    No range has two packed buffers, nor more than `STAGED_BYTES` from a device in several: these are copies in
+    this process until they have been put.
     """
     groups = []
-    first = held = 0
+    first = held = staged = 0
     for number, buffer in enumerate(buffers):
         both_packed = number > first and buffer.packed and buffers[number - 1].packed
-        if number > first and (held + buffer.nbytes > OBJECT_BYTES or both_packed):
+        staged += buffer.nbytes if buffer.on_device else 0
+        too_many = held + buffer.nbytes > OBJECT_BYTES or (buffer.on_device and staged > STAGED_BYTES)
+        if number > first and (too_many or both_packed):
             groups.append((first, number))
-            first, held = number, 0
+            first, held, staged = number, 0, buffer.nbytes if buffer.on_device else 0
         held += buffer.nbytes
     return [*groups, (first, len(buffers))]
 
@@ -190,39 +198,103 @@ def _session() -> str:
 # ---------------------------------------------------------------- out of the store
 
 
-def get(
-    model_ref: ModelRef,
-    device: torch.device,
-    *,
-    keep_flags: bool = False,
-    require_isolation: bool = False,
-) -> Loaded:
+class How(NamedTuple):
+    """What a load is asked for; see `actor.load_model_in_actor`."""
+
+    device: torch.device
+    dtype: torch.dtype | None = None
+    keep_flags: bool = False
+    require_isolation: bool = False
+    page_lock: bool = False
+
+
+def get(model_ref: ModelRef, how: How) -> Loaded:
     """Rebuild the model behind `model_ref`; see `actor.load_model_in_actor`."""
     begin = time.perf_counter()
     bodies = _fetch(model_ref)
     with _quietly():
-        model, importing, memory = _rebuild(bodies, device, keep_flags, require_isolation)
+        model, importing, memory = _rebuild(model_ref, bodies, how)
     seconds = time.perf_counter() - begin - importing
-    return Loaded(model, device, seconds, importing, memory.shared, memory.copied, memory.isolated)
+    return Loaded(model, how.device, seconds, importing, memory.shared, memory.copied, memory.isolated)
 
 
-def _rebuild(
-    bodies: list[dict[str, Any]], device: torch.device, keep_flags: bool, require_isolation: bool
-) -> tuple[Any, float, _Memory]:
-    layout, skeleton = pickle.loads(bodies[0]["header"])
+def _rebuild(model_ref: ModelRef, bodies: list[dict[str, Any]], how: How) -> tuple[Any, float, _Memory]:
+    layout, skeleton, composed, constructs = pickle.loads(bodies[0]["header"])
     objects = [body["buffers"] for body in bodies]
-    if device.type == "cpu":
-        memory = _host_memory(objects, require_isolation)
-        tensors = _layout.unpack(layout, memory.buffers, keep_flags=keep_flags)
-    else:
-        # From the shared pages: page-locking or even reading through the private view could copy them.
-        shared = [buffer for stored in objects for buffer in _shared(stored)]
-        tensors = _layout.unpack(layout, shared, device=device, keep_flags=keep_flags)
-        memory = _host_memory(objects if layout.arrays else [], require_isolation)
-    arrays = _layout.unpack_arrays(layout, memory.buffers)
-    carried = bodies[0]["carried"]
-    model, importing = _graph.put_together(skeleton, tensors, arrays, carried, keep_flags=keep_flags)
+    changed = _layout.casts(layout, how.dtype)
+    if how.dtype is not None and composed:
+        raise ValueError(
+            f"dtype={how.dtype} cannot be applied to {model_ref!r}: it holds a {composed}, which knows its dtype by "
+            f"itself. Convert the model before sharing it."
+        )
+    on_host = how.device.type == "cpu"
+    with contextlib.ExitStack() as stack:
+        memory = _host_memory(objects if on_host or layout.arrays else [], how.require_isolation)
+        storages = arrived = None
+        if how.device.type == "cuda":
+            placement = _layout.arrange(layout, changed, how.dtype)
+            upload = stack.enter_context(_uploading(model_ref, placement, objects, how))
+            storages, arrived = _device.storages_in(upload.arena, placement.storages), upload.wait
+        elif changed or not on_host:
+            # From the shared pages if it is for a device: reading through the private view could copy them.
+            source = memory.buffers if on_host else [buffer for stored in objects for buffer in _shared(stored)]
+            storages = _layout.host_storages(layout, source, changed, how.dtype)
+            if not on_host:
+                as_bytes = [torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage) for storage in storages]
+                storages = [t.to(how.device).untyped_storage() for t in as_bytes]  # copy: it has memory of its own
+        tensors = _layout.unpack(
+            layout, memory.buffers, storages=storages, changed=changed, dtype=how.dtype, keep_flags=how.keep_flags
+        )
+        arrays = _layout.unpack_arrays(layout, memory.buffers)
+        carried = bodies[0]["carried"]
+        if arrived is not None and constructs:
+            arrived()
+        model, importing = _graph.put_together(
+            skeleton, tensors, arrays, carried, keep_flags=how.keep_flags, arrived=arrived
+        )
+    for number, storage in enumerate(storages or ()):
+        if not on_host or number in changed:
+            shared = layout.storages[number][2] if on_host else 0
+            memory = memory._replace(shared=memory.shared - shared, copied=memory.copied + storage.nbytes())
     return model, importing, memory
+
+
+@contextlib.contextmanager
+def _uploading(
+    model_ref: ModelRef, placement: _layout.Placement, objects: list[list[Any]], how: How
+) -> Iterator[_device.Upload]:
+    """Copy the store's own pages to a CUDA device while the `with` block runs; never the private view's."""
+    with contextlib.ExitStack() as stack:
+        sources: list[_device.Source] = []
+        ranges: list[tuple[int, int]] = []
+        for stored in filter(None, objects):
+            begin, nbytes, offsets = _span(stored)
+            memory = _mapping.shared_view(begin, nbytes, stored)
+            ranges.append((begin, begin + nbytes))
+            try:
+                file, base = _mapping.open_file(begin, nbytes)
+            except _mapping.Unmappable:
+                sources += [_device.Source(memory, offset) for offset in offsets]
+            else:
+                stack.callback(os.close, file)
+                sources += [_device.Source(memory, offset, file, base + offset) for offset in offsets]
+        locked = _page_lock(model_ref, ranges, objects, how.device) if how.page_lock else None
+        ring = _device.ring_of(how.device)
+        yield stack.enter_context(_device.Upload(placement.spans, placement.nbytes, sources, ring, locked=locked))
+
+
+_page_locks: weakref.WeakKeyDictionary[ModelRef, _device.PageLock] = weakref.WeakKeyDictionary()
+_page_locking = threading.Lock()
+
+
+def _page_lock(
+    model_ref: ModelRef, ranges: list[tuple[int, int]], keep_alive: object, device: torch.device
+) -> _device.PageLock:
+    with _page_locking:
+        lock = _page_locks.get(model_ref)
+        if lock is None:
+            lock = _page_locks[model_ref] = _device.PageLock(device, ranges, keep_alive)
+        return lock
 
 
 def located(model_ref: ModelRef) -> list[tuple[_mapping.Location, int]]:

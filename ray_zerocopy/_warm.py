@@ -85,7 +85,7 @@ class _Entry:
     def __init__(self, key: tuple[bytes, ...], place: object, body: dict[str, Any]) -> None:
         self.key = key
         self.place = place
-        self.layout, self.skeleton = pickle.loads(body["header"])
+        self.layout, self.skeleton, *_ = pickle.loads(body["header"])
         # What was carried (ObjectRefs, actor handles) must not be held between calls, so neither is a model with it.
         self.carries = bool(body["carried"])
         self.ready: list[_View] = []

@@ -13,7 +13,7 @@ import ray
 import torch
 
 from . import _graph, _layout, _store
-from ._device import DeviceLike, resolve
+from ._device import DeviceLike, resolve, use
 from ._store import Loaded, ModelRef
 
 __all__ = [
@@ -58,8 +58,10 @@ def load_model_in_actor(
     model_ref: ModelRef,
     device: DeviceLike = None,
     *,
+    dtype: torch.dtype | None = None,
     keep_flags: bool = False,
     require_isolation: bool = False,
+    page_lock: bool = False,
 ) -> Any:
     """Return the model behind a handle, in any worker or in the driver, in milliseconds and without a copy.
 
@@ -70,11 +72,16 @@ def load_model_in_actor(
     Args:
         model_ref: What `prepare_model_for_actors` returned.
         device: `None` or `"auto"` for the GPU that Ray assigned to this worker, else the CPU; or a device as
-            torch names it.
+            torch names it (`"cuda"`, `"cuda:0"`, an index). A CUDA device becomes the current one of this thread.
+        dtype: Convert the floating-point tensors on the way, to float16, bfloat16, float32 or float64. On the CPU
+            what is converted is a copy of this process's own, so convert before sharing where you can.
         keep_flags: Keep each module's train or eval mode and each tensor's `requires_grad` as the source had
             them. Otherwise the model is in eval mode and nothing requires a gradient.
         require_isolation: Raise where a private view cannot be had (no /proc, or the raylet is in another pid
             namespace), instead of warning once and sharing the pages for writing too.
+        page_lock: For workers that bring the same model to a CUDA device again and again: page-lock the store's
+            pages at the first load, for as long as `model_ref` lives in this process, so that the device reads
+            them itself. Locking takes longer than one load gains by it.
 
     Returns:
         An object equal to the source bit for bit.
@@ -82,8 +89,9 @@ def load_model_in_actor(
     Raises:
         TypeError: `model_ref` is not a handle.
         ModelLostError: The model is no longer in the store, or the handle is from another Ray session.
-        ValueError: `device` is unknown, absent, or not assigned to this worker by Ray.
-        ZeroCopyError: Isolation was required and cannot be had.
+        ValueError: `device` is unknown, absent, or not assigned to this worker by Ray; or `dtype` cannot be applied,
+            because bytes are seen as several dtypes, or by a quantized tensor, a subclass or TorchScript.
+        ZeroCopyError: Isolation was required and cannot be had; the device has too little memory left.
 
     Example:
         >>> import torch
@@ -91,7 +99,14 @@ def load_model_in_actor(
         >>> load_model_in_actor(model_ref).training
         False
     """
-    model = load(model_ref, device, keep_flags=keep_flags, require_isolation=require_isolation).model
+    model = load(
+        model_ref,
+        device,
+        dtype=dtype,
+        keep_flags=keep_flags,
+        require_isolation=require_isolation,
+        page_lock=page_lock,
+    ).model
     if isinstance(model, _Models):
         raise TypeError(f"{model_ref!r} is of a pipeline: load it with load_pipeline_in_actor(skeleton, refs).")
     return model
@@ -197,8 +212,10 @@ def load_pipeline_in_actor(
     refs: ModelRef,
     device: DeviceLike = None,
     *,
+    dtype: torch.dtype | None = None,
     keep_flags: bool = False,
     require_isolation: bool = False,
+    page_lock: bool = False,
 ) -> Any:
     """Return the pipeline with its models, loaded as `load_model_in_actor` does, in any worker.
 
@@ -206,8 +223,10 @@ def load_pipeline_in_actor(
         skeleton: The pipeline without models, from `rewrite_pipeline_for_actors`.
         refs: The handle that came with it.
         device: As for `load_model_in_actor`; a `device` attribute of the pipeline, as Hugging Face has it, follows.
+        dtype: As for `load_model_in_actor`, for the models.
         keep_flags: As for `load_model_in_actor`.
         require_isolation: As for `load_model_in_actor`.
+        page_lock: As for `load_model_in_actor`.
 
     Returns:
         An object equal to the source, whose models are views of the store's pages.
@@ -221,7 +240,9 @@ def load_pipeline_in_actor(
             f"a PipelineSkeleton is needed, not {type(skeleton).__module__}.{type(skeleton).__qualname__}. "
             f"Make one in the driver: skeleton, refs = rewrite_pipeline_for_actors(pipeline)."
         )
-    loaded = load(refs, device, keep_flags=keep_flags, require_isolation=require_isolation)
+    loaded = load(
+        refs, device, dtype=dtype, keep_flags=keep_flags, require_isolation=require_isolation, page_lock=page_lock
+    )
     if not isinstance(loaded.model, _Models) or loaded.model.token != skeleton._token:
         raise TypeError(f"{refs!r} is not the handle that came with {skeleton!r}: both come from one call.")
     _, models, tensors, arrays = loaded.model
@@ -269,11 +290,18 @@ def _as_array(buffer: pickle.PickleBuffer) -> np.ndarray[Any, Any]:
 
 
 def load(
-    model_ref: ModelRef, device: DeviceLike, *, keep_flags: bool = False, require_isolation: bool = False
+    model_ref: ModelRef,
+    device: DeviceLike,
+    *,
+    dtype: torch.dtype | None = None,
+    keep_flags: bool = False,
+    require_isolation: bool = False,
+    page_lock: bool = False,
 ) -> Loaded:
     """Load as `load_model_in_actor` does, and say how it went."""
     chosen = resolve(device, _assigned_gpus())
-    return _store.get(model_ref, chosen, keep_flags=keep_flags, require_isolation=require_isolation)
+    use(chosen)
+    return _store.get(model_ref, _store.How(chosen, dtype, keep_flags, require_isolation, page_lock))
 
 
 def _assigned_gpus() -> list[str] | None:
