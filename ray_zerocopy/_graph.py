@@ -636,11 +636,11 @@ def _pickled_of(obj: object) -> Iterator[tuple[str, Any]]:
         return
     own = getattr(kind, "__getstate__", None)
     if _has_default_reduce(kind) and own not in (None, _DEFAULT_GETSTATE, _MODULE_GETSTATE):
-        state: Any = None
+        chosen: Any = None
         with contextlib.suppress(Exception):  # which is then why it cannot be pickled
-            state = own(obj)
-        if isinstance(state, dict):
-            yield from _named(obj, state)
+            chosen = own(obj)
+        if isinstance(chosen, dict):
+            yield from _named(obj, chosen)
             return
     yield from children(obj)
     if isinstance(obj, types.FunctionType):
