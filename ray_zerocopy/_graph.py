@@ -25,6 +25,7 @@ and containers need no rule of their own.
 from __future__ import annotations
 
 import collections
+import contextlib
 import copyreg
 import enum
 import functools
@@ -700,6 +701,11 @@ def _unpicklable(obj: object, leave_out: tuple[type, ...], objects: Sequence[obj
     )
 
 
+# Every object has one from Python 3.11 on.
+_DEFAULT_GETSTATE = getattr(object, "__getstate__", None)
+_MODULE_GETSTATE = getattr(torch.nn.Module, "__getstate__", None)
+
+
 def _pickled_of(obj: object) -> Iterator[tuple[str, Any]]:
     """Yield what a pickler goes on to from `obj`, with paths: its children and more, or its own choice of them."""
     kind: Any = type(obj)
@@ -707,15 +713,14 @@ def _pickled_of(obj: object) -> Iterator[tuple[str, Any]]:
         for path, state in _script.python_state(obj).items():
             yield from ((f".{path}.{name}" if path else f".{name}", value) for name, value in state.items())
         return
-    if _has_default_reduce(kind) and "__getstate__" in dir(kind) and not isinstance(obj, type):
-        own = kind.__getstate__
-        if own is not getattr(object, "__getstate__", None) and own is not getattr(
-            torch.nn.Module, "__getstate__", 0
-        ):
-            state = own(obj)
-            if isinstance(state, dict):
-                yield from _named(obj, state)
-                return
+    own = getattr(kind, "__getstate__", None)
+    if _has_default_reduce(kind) and own not in (None, _DEFAULT_GETSTATE, _MODULE_GETSTATE):
+        chosen: Any = None
+        with contextlib.suppress(Exception):  # which is then why it cannot be pickled
+            chosen = own(obj)
+        if isinstance(chosen, dict):
+            yield from _named(obj, chosen)
+            return
     yield from children(obj)
     if isinstance(obj, types.FunctionType):
         used = (name for name in obj.__code__.co_names if name in obj.__globals__)
