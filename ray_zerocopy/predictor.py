@@ -373,6 +373,8 @@ class ZeroCopyPredictor:
             except Exception as error:
                 if self.on_error == "raise":
                     raise
+                if not _is_written(type(self), "preprocess"):
+                    self.preprocess(batch.slice(0, 0))  # raises if it is the column that is wrong, not a row
                 part.errors = _nulls.failing_rows(self.preprocess, batch, error)
                 part.good = _nulls.without(batch, part.errors)
                 if not len(part.good):
@@ -387,7 +389,7 @@ class ZeroCopyPredictor:
         with self.totals.stage("predict"):
             inputs = self._copies.arrive(part.values, part.event)
             part.values = None
-            with self._autocast():
+            with self._computing():
                 outputs = self.predict(inputs)
             part.values, part.event = self._copies.leave(outputs)
         return part
@@ -436,15 +438,22 @@ class ZeroCopyPredictor:
                 logging.WARNING,
             )
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self._dtypes.autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self._dtypes.autocast)
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if self.device.type == "cuda":
+                stack.enter_context(torch.cuda.device(self.device))  # a thread begins with the first one
+            if self._dtypes.autocast is not None:
+                stack.enter_context(torch.autocast(self.device.type, self._dtypes.autocast))
+            yield
 
 
 @dataclass
 class _Part:
-    """A part of a batch on its way: all its rows, those that preprocess took, what it said of the others."""
+    """A part of a batch on its way: all its rows, those that preprocess took, what it said of the others.
+
+    `values` are the model's inputs, then its outputs; `event` orders their copies on a GPU.
+    """
 
     batch: pa.Table
     good: pa.Table

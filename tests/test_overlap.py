@@ -382,6 +382,18 @@ def test_an_error_names_the_class_and_the_rows(model_ref: ModelRef) -> None:
     assert predictor(numbers(10)).num_rows == 10
 
 
+def test_an_error_on_ray_data_has_the_rows(model_ref: ModelRef) -> None:
+    """What Ray Data shows of an error is the user's own, where it was raised, and the rows."""
+    ds = ray.data.range(40, override_num_blocks=1).rename_columns({"id": "x"})
+    bound = predictors.NoMultiplesOfSeven.using(model_ref, micro_batch_size=4)
+    ds = ds.map_batches(bound, batch_size=None, compute=ActorPoolStrategy(size=1), num_cpus=0.1)
+    with pytest.raises(ray.exceptions.RayTaskError) as caught:
+        ds.take_all()
+    assert "ValueError: 0 is a multiple of seven" in str(caught.value)
+    assert "in rows 0 to 3 of the batch" in str(caught.value)
+    assert "predictors.py" in str(caught.value)
+
+
 def test_calls_from_several_threads(model_ref: ModelRef) -> None:
     """Concurrent calls of one predictor, split and not, give each its own rows, with the model in one thread."""
     threads: set[int] = set()
@@ -478,3 +490,46 @@ def test_an_error_after_out_of_memory(model_ref: ModelRef) -> None:
 
     with pytest.raises(RuntimeError, match="something else"):
         Fails(model_ref)(numbers(40))
+
+
+# ---------------------------------------------------------------- on a GPU
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_overlap_on_a_gpu(ray_session: None) -> None:
+    """Copies on streams of their own lose nothing: many batches come out as they do without micro-batches."""
+    torch.manual_seed(0)
+    ref = prepare_model_for_actors(nn.Sequential(nn.Linear(1000, 2000), nn.ReLU(), nn.Linear(2000, 1000)))
+    options = {"input_columns": "x", "output_column": "y", "keep_columns": False, "device": "cuda:0"}
+    whole = ZeroCopyPredictor(ref, **options)
+    split = ZeroCopyPredictor(ref, micro_batch_size=64, **options)
+    random = np.random.default_rng(0)
+    for rows in (1000, 63, 64, 513, 2000):
+        x = random.normal(size=(rows, 1000)).astype(np.float32)
+        batch = pa.table({"x": pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), 1000)})
+        expected, got = (p(batch)["y"].combine_chunks().to_numpy_ndarray() for p in (whole, split))
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_out_of_memory_on_a_gpu(ray_session: None) -> None:
+    """A batch that the device has no memory for is split, for real."""
+
+    class Greedy(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            free = torch.cuda.mem_get_info()[0]
+            hold = torch.empty(
+                int(free * len(x) / 10), dtype=torch.uint8, device=x.device
+            )  # ten rows are all there is
+            return x + hold[:1] * 0
+
+    predictor = ZeroCopyPredictor(
+        prepare_model_for_actors(Greedy()), input_columns="x", output_column="y", device="cuda:0"
+    )
+    table = predictor(pa.table({"x": np.arange(64, dtype=np.float32)}))
+    assert table["y"].to_pylist() == [float(x) for x in range(64)]
+    assert predictor.totals.retries >= 1

@@ -615,6 +615,18 @@ def test_on_error_null_is_for_rows(model_ref: ModelRef) -> None:
         Together(model_ref)({"x": np.arange(3)})
 
 
+def test_on_error_null_is_not_for_columns(model_ref: ModelRef) -> None:
+    """With `input_columns` a null is its row's failure, a column that is absent or no numbers is the job's."""
+    predictor = ZeroCopyPredictor(model_ref, input_columns="x", output_column="y", on_error="null")
+    values = pa.FixedSizeListArray.from_arrays(pa.array([1.0, 2.0]), 1)
+    rows = predictor(pa.table({"x": values.take(pa.array([0, None, 1]))}))
+    assert [said is None for said in rows["error"].to_pylist()] == [True, False, True]
+    with pytest.raises(ValueError, match=r"ZeroCopyPredictor.input_columns: the batch has no column 'x'"):
+        predictor(pa.table({"z": values}))
+    with pytest.raises(TypeError, match="no tensor form"):
+        predictor(pa.table({"x": ["a", "b"]}))
+
+
 # ---------------------------------------------------------------- where the time went
 
 
