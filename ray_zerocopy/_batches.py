@@ -64,7 +64,9 @@ def joined(results: list[Any]) -> Any:
         return pandas.concat(results, ignore_index=True)
     tables = [pa.Table.from_pandas(rows) if is_pandas(rows) else rows for rows in results]
     try:
-        return pa.concat_tables(tables, promote_options="default")
+        table = pa.concat_tables(tables, promote_options="default")  # a part may lack a column: nulls
+        names = max(tables, key=lambda part: part.num_columns).column_names
+        return table.select(names) if len(names) == table.num_columns else table
     except (pa.ArrowInvalid, pa.ArrowTypeError):
         return (rows for rows in results)  # a part may be padded less than the next: for Ray Data to join
 

@@ -366,7 +366,23 @@ def test_generators_stay_lazy(model_ref: ModelRef) -> None:
     assert (predictor.totals.batches, predictor.totals.rows) == (1, 40)
 
 
-def test_an_error_names_the_class_and_the_rows(model_ref: ModelRef) -> None:
+def test_some_parts_are_generators(model_ref: ModelRef) -> None:
+    """A postprocess that returns a generator for some parts only loses no rows, and keeps their order."""
+
+    class Mixed(AddOne):
+        def postprocess(self, outputs: torch.Tensor, batch: pa.Table) -> Any:
+            rows = {"y": outputs[:, 0]}
+            return (part for part in [rows]) if batch["x"][0].as_py() in self.lazily else rows
+
+    for lazily in ([4, 8], [0]):
+        predictor = Mixed(model_ref, micro_batch_size=4)
+        predictor.lazily = lazily
+        parts = list(predictor(numbers()))
+        assert pa.concat_tables(parts)["y"].to_pylist() == [x + 1.0 for x in range(23)]
+        assert predictor.totals.rows == 23
+
+
+def test_an_error_names_the_rows(model_ref: ModelRef) -> None:
     """An error in a part is the user's own, with the rows, and the predictor goes on with the next batch."""
 
     class Fails(AddOne):
