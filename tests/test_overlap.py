@@ -145,6 +145,27 @@ def test_an_error_is_itself_and_stops_the_rest(stage: int) -> None:
     assert taken == [0, 2, 4]
 
 
+def test_an_error_stops_what_is_behind_it_at_once() -> None:
+    """Parts behind one that failed are not begun, also while the parts before it are still in the model."""
+    begun = []
+    go_on = threading.Event()
+
+    def before(part: range) -> int:
+        begun.append(part.start)
+        if part.start == 6:
+            threading.Timer(0.05, go_on.set).start()
+            raise ValueError("at 6")
+        return part.start
+
+    def model(number: int) -> int:
+        assert number < 2 or go_on.wait(20)
+        return number
+
+    with pytest.raises(ValueError, match="at 6"):
+        list(Stages().overlap(parts(100), before, model, same))
+    assert begun == [0, 2, 4, 6]
+
+
 def test_the_first_rows_that_fail_are_the_ones_named() -> None:
     """If several parts fail, the error is that of the first, also where a later one fails sooner."""
     later = threading.Event()
@@ -259,24 +280,23 @@ def test_threads_end() -> None:
 
 
 def test_results_that_nobody_takes() -> None:
-    """A caller that lets the results go stops the parts that have not begun, and returns when nothing runs."""
-    begun, running = [], []
+    """A caller that lets the results go gets away when what runs is done, and no further part is begun."""
+    begun, ended = [], []
+    go_on = threading.Event()
 
     def before(part: range) -> None:
-        begun.append(part)
-        running.append(part)
-        time.sleep(0.01)
-        running.remove(part)
+        begun.append(part.start)
+        if part.start:
+            go_on.wait(20)
+        ended.append(part.start)
 
     results = Stages().overlap(parts(100), before, same, same)
     next(results)
-    del results
-    gc.collect()
-    count = len(begun)
-    assert count <= DEPTH
-    assert not running
-    time.sleep(0.05)
-    assert len(begun) == count
+    while len(begun) < 2:
+        time.sleep(0.001)
+    threading.Timer(0.05, go_on.set).start()
+    results.close()
+    assert begun == ended == [0, 2]
 
 
 # ---------------------------------------------------------------- a predictor in parts
