@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -74,7 +75,8 @@ def main() -> None:
         print(f"{answer['topic']:12} {answer['score']:.2f}  {answer['text']}  (process {answer['replica']})")
     if options.stay:
         print(f"serving at {url}", flush=True)
-        signal.pause()
+        with contextlib.suppress(KeyboardInterrupt):
+            signal.pause()
     serve.delete("default")
     ray.shutdown()
 

@@ -1,10 +1,8 @@
-"""What Ray Data gives and takes: batches of any format in, rows out, and the tensors in between."""
+"""What Ray Data gives and takes: batches of any format in, rows out."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -14,7 +12,7 @@ import torch
 
 from .arrow import tensor_to_column
 
-__all__ = ["described", "each_to_rows", "is_pandas", "joined", "map_tensors", "to_arrow", "to_rows"]
+__all__ = ["described", "each_to_rows", "is_pandas", "joined", "to_arrow", "to_rows"]
 
 
 def to_arrow(batch: Any, name: str) -> pa.Table:
@@ -46,37 +44,6 @@ def is_pandas(value: Any) -> bool:
     return type(value).__name__ == "DataFrame" and type(value).__module__.split(".")[0] == "pandas"
 
 
-def map_tensors(values: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Return `values` with `function` applied to every tensor in it; what holds tensors keeps its type.
-
-    Looks into lists, tuples, mappings and dataclasses; anything else is left as it is, and so is what holds no
-    tensor that changed.
-    """
-    if isinstance(values, torch.Tensor):
-        return function(values)
-    if isinstance(values, Mapping):
-        mapped = {key: map_tensors(value, function) for key, value in values.items()}
-        if all(mapped[key] is value for key, value in values.items()):
-            return values
-        if type(values) is dict or not isinstance(values, MutableMapping):
-            return mapped
-        result = copy.copy(values)
-        for key, value in mapped.items():
-            result[key] = value
-        return result
-    if isinstance(values, (list, tuple)):
-        items = [map_tensors(value, function) for value in values]
-        if all(new is old for new, old in zip(items, values, strict=True)):
-            return values
-        return type(values)(*items) if hasattr(values, "_fields") else type(values)(items)
-    if dataclasses.is_dataclass(values) and not isinstance(values, type):
-        fields = {f.name: getattr(values, f.name) for f in dataclasses.fields(values) if f.init}
-        changed = {key: map_tensors(value, function) for key, value in fields.items()}
-        if any(changed[key] is not value for key, value in fields.items()):
-            return dataclasses.replace(values, **changed)
-    return values
-
-
 def each_to_rows(parts: Iterator[Any], stage: Callable[[], AbstractContextManager[None]], name: str) -> Iterator[Any]:
     """Yield what a generator yields as rows, each step of it under inference mode and in a `stage`."""
     while True:
@@ -97,7 +64,9 @@ def joined(results: list[Any]) -> Any:
         return pandas.concat(results, ignore_index=True)
     tables = [pa.Table.from_pandas(rows) if is_pandas(rows) else rows for rows in results]
     try:
-        return pa.concat_tables(tables, promote_options="default")
+        table = pa.concat_tables(tables, promote_options="default")  # a part may lack a column: nulls
+        names = max(tables, key=lambda part: part.num_columns).column_names
+        return table.select(names) if len(names) == table.num_columns else table
     except (pa.ArrowInvalid, pa.ArrowTypeError):
         return (rows for rows in results)  # a part may be padded less than the next: for Ray Data to join
 

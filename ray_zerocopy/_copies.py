@@ -13,13 +13,14 @@ given out again before that is done.
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
 
-from ._batches import map_tensors
-
-__all__ = ["Copies"]
+__all__ = ["Copies", "map_tensors"]
 
 
 class Copies:
@@ -89,3 +90,34 @@ class Copies:
         tensor.record_stream(self._out)
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return host.copy_(tensor, non_blocking=True)
+
+
+def map_tensors(values: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Return `values` with `function` applied to every tensor in it; what holds tensors keeps its type.
+
+    Looks into lists, tuples, mappings and dataclasses; anything else is left as it is, and so is what holds no
+    tensor that changed.
+    """
+    if isinstance(values, torch.Tensor):
+        return function(values)
+    if isinstance(values, Mapping):
+        mapped = {key: map_tensors(value, function) for key, value in values.items()}
+        if all(mapped[key] is value for key, value in values.items()):
+            return values
+        if type(values) is dict or not isinstance(values, MutableMapping):
+            return mapped
+        result = copy.copy(values)
+        for key, value in mapped.items():
+            result[key] = value
+        return result
+    if isinstance(values, (list, tuple)):
+        items = [map_tensors(value, function) for value in values]
+        if all(new is old for new, old in zip(items, values, strict=True)):
+            return values
+        return type(values)(*items) if hasattr(values, "_fields") else type(values)(items)
+    if dataclasses.is_dataclass(values) and not isinstance(values, type):
+        fields = {f.name: getattr(values, f.name) for f in dataclasses.fields(values) if f.init}
+        changed = {key: map_tensors(value, function) for key, value in fields.items()}
+        if any(changed[key] is not value for key, value in fields.items()):
+            return dataclasses.replace(values, **changed)
+    return values

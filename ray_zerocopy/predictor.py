@@ -116,8 +116,8 @@ class ZeroCopyPredictor:
     null for the other rows, of which alone the model and `postprocess` know. Columns that `postprocess` passes on
     unchanged are kept for all rows, the others are null where a row failed. To find the rows, `preprocess` is run on
     halves of the batch, and halves of these. `postprocess` has to return a row for each. A batch of which every row
-    fails has the columns of an earlier one; before there is one, the outputs' columns are of Arrow's type null (with
-    a `postprocess` of one's own, whose columns nobody knows yet, they are absent)."""
+    fails has the columns of an earlier one; before there is one, it goes on without the outputs' columns, whose types
+    nobody knows yet: where Ray Data joins blocks, they are filled with nulls."""
 
     model: Any
     """The loaded model."""
@@ -304,13 +304,13 @@ class ZeroCopyPredictor:
         with self.totals.busy():
             results = self._results(to_arrow(batch, _name(type(self))))
             first = next(results)
-            if inspect.isgenerator(first):
-                return self._from_generators(first, results)
-            rows = [first, *results]
+            rows = [first] if inspect.isgenerator(first) else [first, *results]
+            if any(map(inspect.isgenerator, rows)):
+                return self._from_generators(first, itertools.chain(rows[1:], results))
         self._completed()
         return first if len(rows) == 1 else joined(rows)
 
-    def _from_generators(self, generator: Any, results: Iterator[Any]) -> Iterator[Any]:
+    def _from_generators(self, result: Any, results: Iterator[Any]) -> Iterator[Any]:
         """Yield the rows of each part's generator; its code runs when Ray Data asks for rows."""
 
         @contextlib.contextmanager
@@ -318,10 +318,10 @@ class ZeroCopyPredictor:
             with self.totals.busy(), self.totals.stage("postprocess"):
                 yield
 
-        while generator is not None:
-            yield from each_to_rows(generator, step, _name(type(self)))
+        while result is not None:
+            yield from each_to_rows(result, step, _name(type(self))) if inspect.isgenerator(result) else [result]
             with self.totals.busy():
-                generator = next(results, None)
+                result = next(results, None)
         self._completed()
 
     def _completed(self) -> None:
@@ -373,6 +373,8 @@ class ZeroCopyPredictor:
             except Exception as error:
                 if self.on_error == "raise":
                     raise
+                if not _is_written(type(self), "preprocess"):
+                    self.preprocess(batch.slice(0, 0))  # raises if it is the column that is wrong, not a row
                 part.errors = _nulls.failing_rows(self.preprocess, batch, error)
                 part.good = _nulls.without(batch, part.errors)
                 if not len(part.good):
@@ -387,7 +389,7 @@ class ZeroCopyPredictor:
         with self.totals.stage("predict"):
             inputs = self._copies.arrive(part.values, part.event)
             part.values = None
-            with self._autocast():
+            with self._computing():
                 outputs = self.predict(inputs)
             part.values, part.event = self._copies.leave(outputs)
         return part
@@ -410,13 +412,11 @@ class ZeroCopyPredictor:
         return rows
 
     def _all_null(self, part: _Part) -> pa.Table:
-        if self._schema is not None:
-            return _nulls.null_columns(part.batch, part.errors, self._schema)
-        if _is_written(type(self), "postprocess"):
-            return _nulls.null_columns(part.batch, part.errors, part.batch.schema)
-        kept = _defaults.kept(part.batch, self.keep_columns, _name(type(self)))
-        outputs = [self.output_column] if isinstance(self.output_column, str) else (self.output_column or {}).values()
-        schema = pa.schema([*kept.schema, *(pa.field(column, pa.null()) for column in outputs)])
+        schema = self._schema
+        if schema is None:
+            written = _is_written(type(self), "postprocess")
+            kept = part.batch if written else _defaults.kept(part.batch, self.keep_columns, _name(type(self)))
+            schema = kept.schema
         return _nulls.null_columns(part.batch, part.errors, schema)
 
     def _make_room(self, size: int) -> None:
@@ -436,15 +436,22 @@ class ZeroCopyPredictor:
                 logging.WARNING,
             )
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        if self._dtypes.autocast is None:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, self._dtypes.autocast)
+    @contextlib.contextmanager
+    def _computing(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if self.device.type == "cuda":
+                stack.enter_context(torch.cuda.device(self.device))  # a thread begins with the first one
+            if self._dtypes.autocast is not None:
+                stack.enter_context(torch.autocast(self.device.type, self._dtypes.autocast))
+            yield
 
 
 @dataclass
 class _Part:
-    """A part of a batch on its way: all its rows, those that preprocess took, what it said of the others."""
+    """A part of a batch on its way: all its rows, those that preprocess took, what it said of the others.
+
+    `values` are the model's inputs, then its outputs; `event` orders their copies on a GPU.
+    """
 
     batch: pa.Table
     good: pa.Table

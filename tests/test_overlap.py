@@ -145,6 +145,27 @@ def test_an_error_is_itself_and_stops_the_rest(stage: int) -> None:
     assert taken == [0, 2, 4]
 
 
+def test_an_error_stops_what_is_behind_it_at_once() -> None:
+    """Parts behind one that failed are not begun, also while the parts before it are still in the model."""
+    begun = []
+    go_on = threading.Event()
+
+    def before(part: range) -> int:
+        begun.append(part.start)
+        if part.start == 6:
+            threading.Timer(0.05, go_on.set).start()
+            raise ValueError("at 6")
+        return part.start
+
+    def model(number: int) -> int:
+        assert number < 2 or go_on.wait(20)
+        return number
+
+    with pytest.raises(ValueError, match="at 6"):
+        list(Stages().overlap(parts(100), before, model, same))
+    assert begun == [0, 2, 4, 6]
+
+
 def test_the_first_rows_that_fail_are_the_ones_named() -> None:
     """If several parts fail, the error is that of the first, also where a later one fails sooner."""
     later = threading.Event()
@@ -259,24 +280,23 @@ def test_threads_end() -> None:
 
 
 def test_results_that_nobody_takes() -> None:
-    """A caller that lets the results go stops the parts that have not begun, and returns when nothing runs."""
-    begun, running = [], []
+    """A caller that lets the results go gets away when what runs is done, and no further part is begun."""
+    begun, ended = [], []
+    go_on = threading.Event()
 
     def before(part: range) -> None:
-        begun.append(part)
-        running.append(part)
-        time.sleep(0.01)
-        running.remove(part)
+        begun.append(part.start)
+        if part.start:
+            go_on.wait(20)
+        ended.append(part.start)
 
     results = Stages().overlap(parts(100), before, same, same)
     next(results)
-    del results
-    gc.collect()
-    count = len(begun)
-    assert count <= DEPTH
-    assert not running
-    time.sleep(0.05)
-    assert len(begun) == count
+    while len(begun) < 2:
+        time.sleep(0.001)
+    threading.Timer(0.05, go_on.set).start()
+    results.close()
+    assert begun == ended == [0, 2]
 
 
 # ---------------------------------------------------------------- a predictor in parts
@@ -366,7 +386,23 @@ def test_generators_stay_lazy(model_ref: ModelRef) -> None:
     assert (predictor.totals.batches, predictor.totals.rows) == (1, 40)
 
 
-def test_an_error_names_the_class_and_the_rows(model_ref: ModelRef) -> None:
+def test_some_parts_are_generators(model_ref: ModelRef) -> None:
+    """A postprocess that returns a generator for some parts only loses no rows, and keeps their order."""
+
+    class Mixed(AddOne):
+        def postprocess(self, outputs: torch.Tensor, batch: pa.Table) -> Any:
+            rows = {"y": outputs[:, 0]}
+            return (part for part in [rows]) if batch["x"][0].as_py() in self.lazily else rows
+
+    for lazily in ([4, 8], [0]):
+        predictor = Mixed(model_ref, micro_batch_size=4)
+        predictor.lazily = lazily
+        parts = list(predictor(numbers()))
+        assert pa.concat_tables(parts)["y"].to_pylist() == [x + 1.0 for x in range(23)]
+        assert predictor.totals.rows == 23
+
+
+def test_an_error_names_the_rows(model_ref: ModelRef) -> None:
     """An error in a part is the user's own, with the rows, and the predictor goes on with the next batch."""
 
     class Fails(AddOne):
@@ -380,6 +416,18 @@ def test_an_error_names_the_class_and_the_rows(model_ref: ModelRef) -> None:
         predictor(numbers())
     assert "in rows 10 to 14 of the batch" in "".join(traceback.format_exception(caught.value))
     assert predictor(numbers(10)).num_rows == 10
+
+
+def test_an_error_on_ray_data_has_the_rows(model_ref: ModelRef) -> None:
+    """What Ray Data shows of an error is the user's own, where it was raised, and the rows."""
+    ds = ray.data.range(40, override_num_blocks=1).rename_columns({"id": "x"})
+    bound = predictors.NoMultiplesOfSeven.using(model_ref, micro_batch_size=4)
+    ds = ds.map_batches(bound, batch_size=None, compute=ActorPoolStrategy(size=1), num_cpus=0.1)
+    with pytest.raises(ray.exceptions.RayTaskError) as caught:
+        ds.take_all()
+    assert "ValueError: 0 is a multiple of seven" in str(caught.value)
+    assert "in rows 0 to 3 of the batch" in str(caught.value)
+    assert "predictors.py" in str(caught.value)
 
 
 def test_calls_from_several_threads(model_ref: ModelRef) -> None:
@@ -478,3 +526,46 @@ def test_an_error_after_out_of_memory(model_ref: ModelRef) -> None:
 
     with pytest.raises(RuntimeError, match="something else"):
         Fails(model_ref)(numbers(40))
+
+
+# ---------------------------------------------------------------- on a GPU
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_overlap_on_a_gpu(ray_session: None) -> None:
+    """Copies on streams of their own lose nothing: many batches come out as they do without micro-batches."""
+    torch.manual_seed(0)
+    ref = prepare_model_for_actors(nn.Sequential(nn.Linear(1000, 2000), nn.ReLU(), nn.Linear(2000, 1000)))
+    options = {"input_columns": "x", "output_column": "y", "keep_columns": False, "device": "cuda:0"}
+    whole = ZeroCopyPredictor(ref, **options)
+    split = ZeroCopyPredictor(ref, micro_batch_size=64, **options)
+    random = np.random.default_rng(0)
+    for rows in (1000, 63, 64, 513, 2000):
+        x = random.normal(size=(rows, 1000)).astype(np.float32)
+        batch = pa.table({"x": pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), 1000)})
+        expected, got = (p(batch)["y"].combine_chunks().to_numpy_ndarray() for p in (whole, split))
+        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_out_of_memory_on_a_gpu(ray_session: None) -> None:
+    """A batch that the device has no memory for is split, for real."""
+
+    class Greedy(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            free = torch.cuda.mem_get_info()[0]
+            hold = torch.empty(
+                int(free * len(x) / 10), dtype=torch.uint8, device=x.device
+            )  # ten rows are all there is
+            return x + hold[:1] * 0
+
+    predictor = ZeroCopyPredictor(
+        prepare_model_for_actors(Greedy()), input_columns="x", output_column="y", device="cuda:0"
+    )
+    table = predictor(pa.table({"x": np.arange(64, dtype=np.float32)}))
+    assert table["y"].to_pylist() == [float(x) for x in range(64)]
+    assert predictor.totals.retries >= 1

@@ -547,7 +547,7 @@ def test_on_error_null_has_one_schema(size: int | None, model_ref: ModelRef) -> 
 
 
 def test_on_error_null_with_the_defaults(ray_session: None) -> None:
-    """The default postprocess gives nulls in tensor columns, kept columns, and of type null before any success."""
+    """The default postprocess gives nulls in tensor columns, and what is known where no row was good yet."""
 
     class Decodes(ZeroCopyPredictor):
         output_column = "y"
@@ -560,15 +560,21 @@ def test_on_error_null_with_the_defaults(ray_session: None) -> None:
     model = nn.Linear(1, 2)
     nn.init.ones_(model.weight)
     nn.init.zeros_(model.bias)
-    predictor = Decodes(prepare_model_for_actors(model))
+    ref = prepare_model_for_actors(model)
+    predictor = Decodes(ref)
     first = predictor(pa.table({"text": ["a", "b"], "score": [float("nan")] * 2, "other": [1, 2]}))
-    assert first.column_names == ["text", "score", "y", "error"]
-    assert first["y"].type == pa.null()
+    assert first.column_names == ["text", "score", "error"]
     assert first["error"][0].as_py() == "ValueError: could not convert string to float: 'a'"
     rows = predictor(pa.table({"text": ["1", "b", "3"], "score": [float("nan")] * 3, "other": [1, 2, 3]}))
     assert rows["text"].to_pylist() == ["1", "b", "3"]
     assert rows["score"].null_count == 0  # kept as it was, also where it is NaN
     assert [None if y is None else y.tolist() for y in rows["y"].to_pylist()] == [[1, 1], None, [3, 3]]
+    joined = ray.data.from_arrow([first, rows]).repartition(1).take_all()  # as Ray Data joins blocks
+    assert [row["y"] is None for row in joined] == [True, True, False, True, False]
+    split = Decodes(ref, micro_batch_size=1)
+    table = split(pa.table({"text": ["a", "2"], "score": [1.0, 2.0]}))
+    assert table.column_names == ["text", "score", "y", "error"]
+    assert table["y"].null_count == 1
 
 
 @pytest.mark.parametrize(
@@ -613,6 +619,18 @@ def test_on_error_null_is_for_rows(model_ref: ModelRef) -> None:
         Together(model_ref)({"x": np.arange(5)})
     with pytest.raises(KeyError, match="of the model"):
         Together(model_ref)({"x": np.arange(3)})
+
+
+def test_on_error_null_is_not_for_columns(model_ref: ModelRef) -> None:
+    """With `input_columns` a null is its row's failure, a column that is absent or no numbers is the job's."""
+    predictor = ZeroCopyPredictor(model_ref, input_columns="x", output_column="y", on_error="null")
+    values = pa.FixedSizeListArray.from_arrays(pa.array([1.0, 2.0]), 1)
+    rows = predictor(pa.table({"x": values.take(pa.array([0, None, 1]))}))
+    assert [said is None for said in rows["error"].to_pylist()] == [True, False, True]
+    with pytest.raises(ValueError, match=r"ZeroCopyPredictor.input_columns: the batch has no column 'x'"):
+        predictor(pa.table({"z": values}))
+    with pytest.raises(TypeError, match="no tensor form"):
+        predictor(pa.table({"x": ["a", "b"]}))
 
 
 # ---------------------------------------------------------------- where the time went
