@@ -568,7 +568,7 @@ def _looks_at_nothing(found: Any) -> bool:
         module = getattr(found, "__module__", None) or ""
         runs = module.startswith(("ray.cloudpickle", f"{__package__}."))
         return not runs or any(found is known for known in _LOOK_AT_NOTHING)
-    known = found.__module__.startswith(("torch.nn.modules.", "builtins", "collections"))
+    known = str(found.__module__).startswith(("torch.nn.modules.", "builtins", "collections", f"{__package__}."))
     if known or issubclass(found, (enum.Enum, Tensor)):
         return True
     return found.__new__ is object.__new__ and (
