@@ -61,7 +61,7 @@ class Parts(NamedTuple):
     `skeleton` is the pickle stream, `tensors` what its placeholders stand for, `arrays` the buffers that
     non-torch objects (numpy arrays) gave out of band, and `carried` the objects left out by `leave_out`.
     `composed` is the name of a class in it whose parts cannot become another dtype one by one, or empty.
-    `constructs` says whether objects are rebuilt by calling their classes, which may look at tensors.
+    `constructs` says whether rebuilding calls classes, or a `train` of their own, which may look at tensors.
     """
 
     skeleton: bytes
@@ -75,16 +75,20 @@ class Parts(NamedTuple):
 # ---------------------------------------------------------------- taking apart
 
 
-def take_apart(obj: object, leave_out: tuple[type, ...] = (), objects: Sequence[object] = ()) -> Parts:
+def take_apart(
+    obj: object, leave_out: tuple[type, ...] = (), objects: Sequence[object] = (), *, in_process: bool = False
+) -> Parts:
     """Pickle `obj` into a skeleton, with its tensors taken out; `obj` is not changed.
 
-    Instances of the types in `leave_out`, and `objects`, are not pickled but listed in `Parts.carried`.
+    Instances of the types in `leave_out`, and `objects`, are not pickled but listed in `Parts.carried`. With
+    `in_process`, for what is put together in this process, so are classes, and functions but for those with an
+    instance of `leave_out` in their closure: rebuilding one that travels by value would change the living one.
     Raises TypeError naming the attribute path of what cannot be pickled.
     """
     scripts = _script.Scripts()
     while True:
         stream = io.BytesIO()
-        pickler = _Pickler(stream, leave_out, objects, scripts)
+        pickler = _Pickler(stream, leave_out, objects, scripts, in_process)
         try:
             pickler.dump(obj)
             # A second pickle in the same stream, with the same memo: which of the objects just pickled must be
@@ -113,6 +117,7 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
         leave_out: tuple[type, ...],
         objects: Sequence[object],
         scripts: _script.Scripts,
+        in_process: bool = False,
     ) -> None:
         self.arrays: list[pickle.PickleBuffer] = []
         # Before super().__init__, which reads it. A flat copy: lookups in cloudpickle's ChainMap take a quarter
@@ -142,6 +147,9 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
             torch.storage.TypedStorage: self._storage_id,
             _script.Asked: lambda _: ("keep_flags",),
         }
+        if in_process:
+            self._identify[types.FunctionType] = functools.partial(self._function_id, leave_out)
+            self.leave_out = (*leave_out, type)
 
     def persistent_id(self, obj: Any) -> Any:
         # Called for every object of the graph, strings and all: one lookup decides for nearly all of them.
@@ -169,6 +177,10 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
             self.carried.append(obj)
         return ("carried", number)
 
+    def _function_id(self, leave_out: tuple[type, ...], function: types.FunctionType) -> Any:
+        by_value = any(isinstance(part, leave_out) for _, part in walk(function, stop_at=leave_out))
+        return self._carried_id_if_named(function) if by_value else self._carried_id(function)
+
     def _carried_id_if_named(self, obj: Any) -> Any:
         return self._carried_id(obj) if id(obj) in self.objects else None
 
@@ -179,6 +191,8 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
             return NotImplemented if obj or obj.__dict__ else (collections.OrderedDict, ())
         if isinstance(obj, torch.nn.Module):
             self.modules.append(obj)
+            if kind.train is not torch.nn.Module.train:
+                self.constructs = True
             if isinstance(obj, torch.jit.ScriptModule):
                 self.composed = kind.__name__
                 return self.scripts.reduce(obj)

