@@ -44,7 +44,7 @@ class ModelRef:
 
     Attributes:
         class_name: The class of the shared object.
-        nbytes: Bytes of weights in the store, shared by all workers of a node.
+        nbytes: Bytes of weights in the store, and of TorchScript's code, shared by all workers of a node.
         carried_nbytes: Bytes that each worker gets a copy of: the skeleton, without weights.
         tensors: How many tensors the object has.
         refs: The objects in the store.
