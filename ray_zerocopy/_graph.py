@@ -61,7 +61,7 @@ class Parts(NamedTuple):
     `skeleton` is the pickle stream, `tensors` what its placeholders stand for, `arrays` the buffers that
     non-torch objects (numpy arrays) gave out of band, and `carried` the objects left out by `leave_out`.
     `composed` is the name of a class in it whose parts cannot become another dtype one by one, or empty.
-    `constructs` says whether rebuilding calls classes, or a `train` of their own, which may look at tensors.
+    `constructs` says whether objects are rebuilt by calling their classes, which may look at tensors.
     """
 
     skeleton: bytes
@@ -191,8 +191,6 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
             return NotImplemented if obj or obj.__dict__ else (collections.OrderedDict, ())
         if isinstance(obj, torch.nn.Module):
             self.modules.append(obj)
-            if kind.train is not torch.nn.Module.train:
-                self.constructs = True
             if isinstance(obj, torch.jit.ScriptModule):
                 self.composed = kind.__name__
                 return self.scripts.reduce(obj)

@@ -16,9 +16,10 @@ it. A view of pages that the store uses for something else in the meantime is ha
 object's bytes never change, so a view may be lent again exactly if the object, pinned again, lies at the same
 offset of the same file. Else a fresh one is made.
 
-Building the object runs no code but torch's and ours for most models; the thread then does that too, between 2 and
-3, if the object is small without its tensors. Where classes have code that runs (a `__setstate__`) or come by value,
-from a notebook, which replaces the methods of the living class, the calling thread builds, as a load does.
+For most models building runs no code but torch's and ours (and a `train`, which Hugging Face's have); the thread then
+does that too, between 2 and 3, if the object is small without its tensors. Where classes have more code that runs
+(a `__setstate__`), or come by value, from a notebook, which replaces the methods of the living class, the calling
+thread builds.
 
 A view is used again only when its reference count is back at what it was when it was new. Results that alias a
 weight, a traceback, a thread that the model left behind: all hold the view, which then goes with them.
