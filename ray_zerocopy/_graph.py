@@ -98,7 +98,7 @@ def take_apart(
         except _script.BeginAgain:
             scripts.begin_again()
         except Exception as error:
-            raise _unpicklable(obj, leave_out, objects, error) from error
+            raise _unpicklable(obj, leave_out, objects, in_process, error) from error
         else:
             return Parts(
                 stream.getvalue(),
@@ -583,8 +583,13 @@ def _looks_at_nothing(found: Any) -> bool:
     known = str(found.__module__).startswith(("torch.nn.modules.", "builtins", "collections", f"{__package__}."))
     if known or issubclass(found, (enum.Enum, Tensor)):
         return True
-    return found.__new__ is object.__new__ and (
-        getattr(found, "__setstate__", None) in (None, torch.nn.Module.__setstate__)
+    own_set = found.__setattr__ not in (object.__setattr__, torch.nn.Module.__setattr__)
+    return (
+        found.__new__ is object.__new__
+        and getattr(found, "__setstate__", None) in (None, torch.nn.Module.__setstate__)
+        and getattr(found, "__getattr__", None) in (None, torch.nn.Module.__getattr__)
+        and found.__hash__ in (None, object.__hash__)  # called where it is the key of a dict
+        and not (own_set and any("__slots__" in kind.__dict__ for kind in found.__mro__))
     )
 
 
@@ -686,10 +691,12 @@ def follow(obj: object, path: str) -> Any:
     raise LookupError(path)
 
 
-def _unpicklable(obj: object, leave_out: tuple[type, ...], objects: Sequence[object], error: Exception) -> TypeError:
+def _unpicklable(
+    obj: object, leave_out: tuple[type, ...], objects: Sequence[object], in_process: bool, error: Exception
+) -> TypeError:
     def fails(part: object) -> Exception | None:
         try:
-            _Pickler(io.BytesIO(), leave_out, objects, _script.Scripts()).dump(part)
+            _Pickler(io.BytesIO(), leave_out, objects, _script.Scripts(), in_process).dump(part)
         except _script.BeginAgain:
             return None
         except Exception as failure:

@@ -230,7 +230,10 @@ class RemoteMethod:
     @property
     def __signature__(self) -> inspect.Signature:
         """The signature of the model's method, without `self`."""
-        signature = inspect.signature(getattr(self._model._kind, self._name))
+        try:
+            signature = inspect.signature(getattr(self._model._kind, self._name))
+        except Exception as error:  # TorchScript's classes have no methods of their own
+            raise AttributeError("__signature__") from error
         return signature.replace(parameters=list(signature.parameters.values())[1:])
 
     def __repr__(self) -> str:
@@ -433,14 +436,22 @@ def rewrite_pipeline(
     models = list({id(model): model for model in models}.values())
     methods = _methods(models, [method_names] if isinstance(method_names, str) else list(method_names))
     used = {(id(part.__self__), part.__name__): None for part in bound}
+    script_methods = {part.name for _, part in _graph.walk(pipeline) if isinstance(part, torch.ScriptMethod)}
+    paths = {id(model): path for path, model in found}
     standins: dict[int, RemoteModel] = {}
     for tied in _tied(models):
         alone = len(tied) == 1
-        model_ref = _store.put(tied[0]) if alone else _store.put(tuple(tied), name=f"models of {name}")
+        try:
+            model_ref = _store.put(tied[0]) if alone else _store.put(tuple(tied), name=f"models of {name}")
+        except TypeError as error:
+            where = ", ".join(f"{name}{paths.get(id(model), '')}" for model in tied)
+            raise TypeError(f"{where}: {error}") from error
         for number, model in enumerate(tied):
             own = [method for method in methods if _has_method(model, method)]
-            if "__call__" in own and _is_module(model):
+            if "__call__" in own and isinstance(model, torch.nn.Module):
                 own += ["forward", *["generate"] * _generates(model)]
+            if isinstance(model, torch.jit.ScriptModule):
+                own += [method for method in script_methods if method not in own and _has_method(model, method)]
             own += [method for owner, method in used if owner == id(model) and method not in own]
             standins[id(model)] = RemoteModel(
                 model_ref,
@@ -451,8 +462,10 @@ def rewrite_pipeline(
                 tuple(own),
                 ray_remote_options,
             )
-    tensors = copy.deepcopy(parts.tensors)
-    arrays = [_copied(array) for array in parts.arrays]
+    packed = _layout.pack(parts.tensors, parts.arrays)
+    memory = [(bytearray(buffer.memory()), 0) for buffer in packed.buffers]  # copy: the source keeps its own
+    tensors = _layout.unpack(packed.layout, memory, keep_flags=True)
+    arrays = _layout.unpack_arrays(packed.layout, memory)
     carried = [
         RemoteMethod(standins[id(part.__self__)], part.__name__) if _is_bound(part) else standins.get(id(part), part)
         for part in parts.carried
@@ -497,6 +510,8 @@ def _generates(model: Any) -> bool:
 def _has_method(model: object, name: str) -> bool:
     if isinstance(inspect.getattr_static(type(model), name, None), (property, functools.cached_property)):
         return False
+    if isinstance(model, torch.export.ExportedProgram):
+        return False  # it has a __call__, which only says to call what its module() gives
     return callable(getattr(model, name, None))
 
 
@@ -542,8 +557,3 @@ def _dtype(model: Any) -> torch.dtype | None:
     if not isinstance(model, torch.nn.Module):
         return None
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-
-
-def _copied(array: pickle.PickleBuffer) -> Any:
-    raw = array.raw()
-    return bytes(raw) if raw.readonly else bytearray(raw)  # copy: the source keeps its own
