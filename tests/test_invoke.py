@@ -406,9 +406,38 @@ def test_other_kinds_of_model(ray_session: None) -> None:
         warnings.simplefilter("ignore", DeprecationWarning)
         scripted = torch.jit.script(plain)
     normed = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
-    rewritten = rewrite_pipeline([scripted, normed])
+    rewritten = rewrite_pipeline([scripted, normed, scripted.forward])
     assert torch.allclose(rewritten[0](x), plain(x))
+    assert torch.allclose(rewritten[0].forward(x), plain(x))
     assert torch.allclose(rewritten[1](x), normed(x))
+    assert torch.allclose(rewritten[2](x), plain(x))
+    with pytest.raises(ValueError, match=r"no model has a method '__call__'. The models are of: ExportedProgram"):
+        rewrite_pipeline([torch.export.export(plain, (x,))])
+
+
+def test_tensors_beside_models(ray_session: None) -> None:
+    """Tensors of the pipeline are copied with their ties and flags, a cached result too."""
+    source = types.SimpleNamespace(model=nn.Linear(2, 2), prompt=nn.Parameter(torch.ones(3)))
+    source.cached, source.head = source.model(torch.ones(1, 2)), source.prompt[:2]
+    rewritten = rewrite_pipeline(source)
+    assert torch.equal(rewritten.cached, source.cached)
+    assert type(rewritten.prompt) is nn.Parameter
+    assert rewritten.prompt.requires_grad
+    with torch.no_grad():
+        rewritten.prompt.zero_()
+    assert rewritten.head.tolist() == [0, 0]
+    assert source.prompt.tolist() == [1, 1, 1]
+
+
+def test_what_cannot_be_shared_is_named(ray_session: None) -> None:
+    """The error gives the path from the pipeline, in a model and beside one; a function's globals are no part."""
+    bad = nn.Linear(2, 2)
+    bad.lock = threading.Lock()
+    with pytest.raises(TypeError, match=r"SimpleNamespace.stages\[0\]\['encoder'\]: .*Linear.lock is a _thread.lock"):
+        rewrite_pipeline(types.SimpleNamespace(stages=[{"encoder": bad}]))
+    beside = types.SimpleNamespace(model=nn.Linear(2, 2), wait=wait_until, inner=[threading.Lock()])
+    with pytest.raises(TypeError, match=r"SimpleNamespace.inner\[0\] is a _thread.lock"):
+        rewrite_pipeline(beside)
 
 
 # ---------------------------------------------------------------- results
