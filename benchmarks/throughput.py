@@ -42,7 +42,8 @@ from ray.data import ActorPoolStrategy
 from ray_zerocopy import ZeroCopyPredictor, prepare_model_for_actors
 
 CUDA = torch.cuda.is_available()
-BATCH, MICRO_BATCH, TO_REACH = 1024, 16, 1.8
+BATCH, MICRO_BATCH, TO_REACH = 1024, 32, 1.8
+WIDTH = 1024  # of a large encoder: with much smaller layers threads mostly hand the interpreter's lock to and fro
 
 # ---------------------------------------------------------------- overlap: preprocess and forward of equal length
 
@@ -52,7 +53,7 @@ class Repeated(torch.nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.linear = torch.nn.Linear(512, 512)
+        self.linear = torch.nn.Linear(WIDTH, WIDTH)
         self.times = 1
 
     def forward(self, x):
@@ -64,18 +65,18 @@ class Repeated(torch.nn.Module):
 def decompress(rows):
     """Decode an image of each row: zlib and numpy let go of the interpreter's lock."""
     images = np.stack([np.frombuffer(zlib.decompress(row), np.uint8) for row in rows])
-    return torch.from_numpy(images.reshape(len(rows), 512, -1).mean(-1, dtype=np.float32) / 255)
+    return torch.from_numpy(images.reshape(len(rows), WIDTH, -1).mean(-1, dtype=np.float32) / 255)
 
 
 def wait(rows):
     """Wait as for a store or a network, without work for a processor."""
     time.sleep(0.001 * len(rows))
-    return torch.ones(len(rows), 512)
+    return torch.ones(len(rows), WIDTH)
 
 
 def pure_python(rows):
     """Work in Python itself, which holds the interpreter's lock."""
-    return torch.tensor([[float(sum(byte for byte in row[:9000]) % 7)] for row in rows]).expand(-1, 512)
+    return torch.tensor([[float(sum(byte for byte in row[:9000]) % 7)] for row in rows]).expand(-1, WIDTH)
 
 
 WORK = {
