@@ -24,7 +24,7 @@ The module travels inside a holder, `_held`. The reader looks through a root mod
 operators of old releases to rewrite, which costs more than reading it; what an attribute holds it leaves alone.
 
 What cannot be shared is what a class makes of its tensors while it is read: a quantized layer packs its weights
-for the processor, in memory of its own. `private_bytes` counts it. What a frozen module has in its graphs is
+for the processor, in memory of its own. `Script.private` counts it. What a frozen module has in its graphs is
 shared; `baked_bytes` counts it, because it is in no `state_dict`.
 """
 
@@ -241,7 +241,7 @@ def _take_apart(cpp: Any, function: _Signature | None) -> tuple[Script, list[Ten
                 whole.setdefault(number, len(tensors))
             tensors.append(_view(tensor, tensor.untyped_storage(), tensor.storage_offset()))
     first = len(found)
-    entered = [enter(tensor) for tensor, _ in constants]
+    entered = [enter(tensor) for tensor in constants]
     apart = not any(0 <= number < first for number in entered)
     last = len(found)
     mixed = any(len(known) > 1 for known in dtypes)
@@ -258,7 +258,7 @@ def _take_apart(cpp: Any, function: _Signature | None) -> tuple[Script, list[Ten
     reader = torch._C.PyTorchFileReader(io.BytesIO(stream.getbuffer()))
     records = {name: reader.get_record(name) for name in reader.get_all_records()}
     del reader, writer, serializer
-    # The storages that `_tensors` does not see: made by a __getstate__, or deep in a called function's constants.
+    # The storages that `_tensors` does not see: made by a __getstate__.
     private = 0
     for number in range(last, last + len(records)):
         record = records.pop(f".data/{number}.storage", None)
@@ -280,7 +280,7 @@ def _take_apart(cpp: Any, function: _Signature | None) -> tuple[Script, list[Ten
         records[_CONSTANTS.format(1)] = records[_CONSTANTS.format(0)]
         records[_DATA.format(0)] = flagless
     cache = "strong"
-    if any(written for _, written in constants):
+    if constants and _writes_to_constants(cpp):
         cache = "none"
     elif records[_CONSTANTS.format(0)] != _NOTHING and not (small and private == 0):
         cache = "weak"
@@ -462,26 +462,49 @@ def within(value: object) -> Iterator[Tensor]:
         yield from _tensors(value)
 
 
-def _constants(cpp: Any) -> Iterator[tuple[Tensor, bool]]:
-    """Yield the tensors in the graphs of a module's methods, each with whether a method writes to it."""
+def _graphs(cpp: Any) -> Iterator[Any]:
+    """Yield the graphs of a module's methods, with those of what they call put in, and of what they fork."""
     seen = set()
     for module in _modules(cpp):
         for name in module._method_names():
-            method = module._get_method(name)
-            if (module.qualified_name, name) in seen:
-                continue
-            seen.add((module.qualified_name, name))
-            graph = method.graph
-            held = [
-                (node.output(), tensor)
-                for node in graph.findAllNodes("prim::Constant")
-                if node.hasAttribute("value") and node.kindOf("value") in ("t", "ts", "ival")
-                for tensor in within(getattr(node, node.kindOf("value"))("value"))
-            ]
-            if held:
-                aliases = graph.alias_db()
-                for value, tensor in held:
-                    yield tensor, aliases.has_writers(value)
+            if (module.qualified_name, name) not in seen:
+                seen.add((module.qualified_name, name))
+                yield from _with_forks(module._get_method(name).inlined_graph)
+
+
+def _with_forks(graph: Any) -> Iterator[Any]:
+    yield graph
+    for fork in graph.findAllNodes("prim::fork"):
+        forked = fork.g("Subgraph").copy()
+        torch._C._jit_pass_inline(forked)
+        yield from _with_forks(forked)
+
+
+def _constants_of(graph: Any) -> Iterator[tuple[Any, Tensor]]:
+    for node in graph.findAllNodes("prim::Constant"):
+        if node.hasAttribute("value") and node.kindOf("value") in ("t", "ts", "ival"):
+            for tensor in within(getattr(node, node.kindOf("value"))("value")):
+                yield node.output(), tensor
+
+
+def _constants(cpp: Any) -> Iterator[Tensor]:
+    """Yield the tensors in the graphs of a module's methods and of what these call, each once."""
+    seen = set()
+    for graph in _graphs(cpp):
+        for _, tensor in _constants_of(graph):
+            if tensor._cdata not in seen:
+                seen.add(tensor._cdata)
+                yield tensor
+
+
+def _writes_to_constants(cpp: Any) -> bool:
+    for graph in _graphs(cpp):
+        held = list(_constants_of(graph))
+        if held:
+            aliases = graph.alias_db()
+            if any(aliases.has_writers(value) for value, _ in held):
+                return True
+    return False
 
 
 def python_state(module: ScriptModule) -> dict[str, dict[str, Any]]:
@@ -651,7 +674,7 @@ def _place_of(tensor: Tensor) -> Any:
 def _exchange(cpp: Any, places: dict[int, torch.UntypedStorage], constants: bool) -> None:
     """Give each tensor of a module, and each constant, the storage on the device for the one it has on the host."""
     done = set()
-    for tensor in (*_tensors(cpp), *((t for t, _ in _constants(cpp)) if constants else ())):
+    for tensor in (*_tensors(cpp), *(_constants(cpp) if constants else ())):
         place = places.get(tensor.untyped_storage()._cdata) if torch._C._has_storage(tensor) else None
         if place is None or tensor._cdata in done:
             continue
@@ -713,19 +736,14 @@ def _define(signature: _Signature, inner: Any) -> Any:
 
 def baked_bytes(module: ScriptModule | ScriptFunction[Any, Any]) -> int:
     """Return the bytes of the distinct storages in the graphs of a module: weights that are in no `state_dict`."""
-    if isinstance(module, ScriptFunction):
-        found = list(_function_constants(module))
-    else:
-        found = [tensor for tensor, _ in _constants(module._c)]
+    found = list(_function_constants(module)) if isinstance(module, ScriptFunction) else list(_constants(module._c))
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in found if torch._C._has_storage(t)}
     return sum(storages.values())
 
 
 def _function_constants(function: ScriptFunction[Any, Any]) -> Iterator[Tensor]:
-    graph: Any = function.inlined_graph
-    for node in graph.findAllNodes("prim::Constant"):
-        if node.hasAttribute("value") and node.kindOf("value") in ("t", "ts", "ival"):
-            yield from within(getattr(node, node.kindOf("value"))("value"))
+    for graph in _with_forks(function.inlined_graph):
+        yield from (tensor for _, tensor in _constants_of(graph))
 
 
 def named_tensors(module: ScriptModule | ScriptFunction[Any, Any]) -> Iterator[tuple[str, Any]]:
@@ -747,5 +765,5 @@ def named_tensors(module: ScriptModule | ScriptFunction[Any, Any]) -> Iterator[t
         for name, (kind, _) in attributes.items():
             if kind.kind() == "ClassType" and isinstance(value := part.getattr(name), torch.ScriptObject):
                 yield f".<{name}>", value
-    for tensor, _ in _constants(module._c):
+    for tensor in _constants(module._c):
         yield ".<constant in its graph>", tensor

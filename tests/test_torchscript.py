@@ -12,7 +12,7 @@ from describe import describe
 from models import quietly
 from torch import nn
 
-from ray_zerocopy import _graph, _layout, _script, load_model_in_actor, prepare_model_for_actors
+from ray_zerocopy import _graph, _layout, _script, load_model_in_actor, memory, prepare_model_for_actors
 
 X = torch.randn(2, 8, generator=torch.Generator().manual_seed(1))
 
@@ -193,3 +193,75 @@ def test_a_slice_is_stored_as_the_slice(ray_session: None) -> None:
     with torch.no_grad():
         loaded.one[4:] = 0
     assert loaded.two[0] == loaded.bits[0] == 0
+
+
+def counting() -> torch.jit.ScriptFunction:
+    """Return a function that counts its calls in a constant of its graph."""
+    count = torch.zeros(1)
+
+    def count_up(x: torch.Tensor) -> torch.Tensor:
+        count.add_(1)
+        return x + count
+
+    return torch.jit.trace(count_up, torch.zeros(1), check_trace=False)
+
+
+def calls(way: str) -> torch.jit.ScriptModule:
+    """Return a scripted module that writes to a constant of what it calls."""
+    called = counting()
+    constant = torch.zeros(1)
+    kept = torch.jit.trace(lambda x: constant.expand(x.shape[0]), torch.zeros(1), check_trace=False)
+
+    def forked(x: torch.Tensor) -> torch.Tensor:
+        return called(x)
+
+    class Called(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return called(x)
+
+    class Forked(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            task = torch.jit.fork(forked, x)
+            return torch.jit.wait(task)
+
+    class Returned(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + kept(x).add_(1)
+
+    made = {"called": Called, "forked": Forked, "returned": Returned}.get(way)
+    if made is None:
+        return torch.jit.trace(Called(), torch.zeros(1), check_trace=False)
+    return torch.jit.script(made())
+
+
+@pytest.mark.parametrize("way", ["called", "traced", "forked", "returned"])
+def test_a_written_constant_of_a_called_function_is_each_loads_own(way: str, ray_session: None) -> None:
+    """What a module writes into a constant of a function that it calls reaches no other load."""
+    ref = prepare_model_for_actors(quietly(lambda: calls(way)))
+    zero = torch.zeros(1)
+    loads = [load_model_in_actor(ref) for _ in range(3)]
+    said = [[float(model(zero)) for _ in range(3)] for model in loads]
+    before = said[0][0]  # what tracing has counted
+    assert said == [[before, before + 1, before + 2]] * 3
+    assert float(load_model_in_actor(ref)(zero)) == before
+
+
+def test_constants_of_called_functions_are_shared_and_counted(ray_session: None) -> None:
+    """A large constant of a function that a scripted module calls is in the store, shared, and in the report."""
+    large = torch.randn(100_000)
+    function = quietly(lambda: torch.jit.trace(lambda x: x + large, torch.zeros(1), check_trace=False))
+
+    class Calls(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return function(x)
+
+    source = quietly(lambda: torch.jit.script(Calls()))
+    assert _script.baked_bytes(source) >= large.nbytes
+    ref = prepare_model_for_actors(source)
+    assert large.nbytes <= ref.nbytes < large.nbytes + 50_000
+    loaded = load_model_in_actor(ref)
+    assert torch.equal(loaded(torch.ones(1)), large + 1)
+    assert memory.model_memory(ref).shared >= large.nbytes
+    report = memory.model_memory(loaded)
+    assert report.shared >= large.nbytes
+    assert report.private < 10_000
