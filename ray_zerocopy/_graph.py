@@ -700,13 +700,26 @@ def walk(obj: object, path: str = "", stop_at: tuple[type, ...] = ()) -> Iterato
 
 
 def follow(obj: object, path: str) -> Any:
-    """Return what lies at a path as `children` spells them, such as `.stages[0].model`; LookupError if nothing."""
+    """Return what lies at a path as `children` spells them, such as `.stages[0].model`; LookupError if nothing.
+
+    A key that is a string may have quotes of either kind around it.
+    """
     if not path:
         return obj
     for step, child in children(obj):
-        if path.startswith(step) and path[len(step) : len(step) + 1] in ("", ".", "["):
-            return follow(child, path[len(step) :])
+        length = len(step) if path.startswith(step) else _length_of_key(path, step)
+        if length and path[length : length + 1] in ("", ".", "["):
+            with contextlib.suppress(LookupError):  # a name may go on like another, with a dot in it
+                return follow(child, path[length:])
     raise LookupError(path)
+
+
+def _length_of_key(path: str, step: str) -> int:
+    """Return how many characters at the beginning of a path spell a step's string key in the other quotes, or 0."""
+    if not step.startswith(("['", '["')) or "\\" in step:
+        return 0
+    quote = '"' if step[1] == "'" else "'"
+    return len(step) if path.startswith(f"[{quote}{step[2:-2]}{quote}]") else 0
 
 
 def _unpicklable(obj: object, leave_out: tuple[type, ...], objects: Sequence[object], error: Exception) -> TypeError:

@@ -31,6 +31,7 @@ shared; `baked_bytes` counts it, because it is in no `state_dict`.
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import pickletools
 import threading
@@ -414,7 +415,7 @@ def _signature(function: ScriptFunction[Any, Any]) -> _Signature:
     for argument in schema.arguments:
         if argument.kwarg_only and "*" not in given:
             given.append("*")
-        default = f" = {argument.default_value!r}" if argument.has_default_value() else ""
+        default = f" = {_written(argument.default_value)}" if argument.has_default_value() else ""
         given.append(f"{argument.name}: {argument.type.annotation_str}{default}")
         passed.append(f"{argument.name}={argument.name}")
     source = f"def {function.name}({', '.join(given)}):\n    return inner({', '.join(passed)})\n"
@@ -429,6 +430,17 @@ def _signature(function: ScriptFunction[Any, Any]) -> _Signature:
             ) from error
         return signature._replace(source=None)
     return signature
+
+
+def _written(value: object) -> str:
+    """Return a default as TorchScript reads it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"float('{value}')"
+    if isinstance(value, torch.device):
+        return f"torch.device('{value}')"
+    if isinstance(value, tuple):
+        return f"({''.join(_written(held) + ', ' for held in value)})"
+    return repr(value)
 
 
 def _attribute_names(module: Any) -> list[str]:

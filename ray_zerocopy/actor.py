@@ -274,7 +274,7 @@ def _named(pipeline: object, names: Iterable[str], found: list[tuple[str, Any]])
             raise TypeError(f"model_attr_names has {name!r}, which is not a name. {there}")
         path = name if name.startswith((".", "[")) else f".{name}"
         try:
-            part = _graph.follow(pipeline, path.replace('"', "'"))
+            part = _graph.follow(pipeline, path)
         except LookupError:
             raise ValueError(f"{type(pipeline).__name__} has no part '{name}'. {there}") from None
         if not isinstance(part, MODEL_TYPES):

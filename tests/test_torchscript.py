@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 import weakref
 
@@ -14,6 +15,7 @@ from torch import nn
 
 from ray_zerocopy import _graph, _layout, _script, load_model_in_actor, memory, prepare_model_for_actors
 
+CPU = torch.device("cpu")
 X = torch.randn(2, 8, generator=torch.Generator().manual_seed(1))
 
 
@@ -36,6 +38,22 @@ def test_a_function_keeps_its_signature(ray_session: None) -> None:
         assert torch.equal(loaded(x=X, shift=3, word="", factor=1.0), X + 3)
     again = load_model_in_actor(prepare_model_for_actors(loaded))
     assert str(again.schema) == str(source.schema)
+
+
+def bounded(
+    x: torch.Tensor, low: float = -math.inf, high: float = math.inf, fill: float = math.nan, to: torch.device = CPU
+) -> torch.Tensor:
+    """Be a function with defaults that have no literals."""
+    return x.to(to).clamp(low, high) + torch.tensor([fill])
+
+
+def test_defaults_without_literals(ray_session: None) -> None:
+    """Infinities, nan and devices are kept as defaults."""
+    source = quietly(lambda: torch.jit.script(bounded))
+    loaded = load_model_in_actor(prepare_model_for_actors(source))
+    assert str(loaded.schema) == str(source.schema)
+    assert loaded(X).isnan().all()
+    assert torch.equal(loaded(X, fill=0.0), X)
 
 
 class Box:
