@@ -39,7 +39,7 @@ import types
 import uuid
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -156,15 +156,15 @@ def _method(whole: ScriptModule, path: str, name: str) -> Any:
 class Script(NamedTuple):
     """A module without its tensors.
 
-    `code` is an archive with everything but storages, `objects` the same without code. `flagged` says whether
-    they have a second set of objects in which tensors require gradients and modules train. `plain` says whether all
-    attributes are modules, ordinary tensors, numbers and strings; `mixed`, whether tensors of several dtypes are over
-    one storage, which torch reads as one dtype. `cache` is 'strong' where the compiled
-    code may outlive the modules made with it, 'weak' where it holds shared tensors (graph constants), and 'none'
-    where a method writes to them, so that each module needs its own. `storages` has, for each storage of the
-    archives, which of the tensors beside it reaches all of it. Of the storages, those from
-    `baked` on are only in graphs, those from `made` on only in what classes made of themselves to be saved; `private`
-    is the bytes of these, which every load has of its own. `function` is what a function is called and how.
+    `code` is an archive with everything but storages, `objects` the same without code. `flagged` says whether they
+    have a second set of objects in which tensors require gradients and modules train. `plain` says whether all
+    attributes are modules, ordinary tensors, numbers, strings, and lists and tuples of these two; `mixed`, whether
+    tensors of several dtypes are over one storage, which torch reads as one dtype. `cache` is 'strong' where the
+    compiled code may outlive the modules made with it, 'weak' where it holds shared tensors (graph constants), and
+    'none' where a method writes to them, so that each module needs its own. `storages` has, for each storage of the
+    archives, which of the tensors beside it reaches all of it. Of the storages, those from `baked` on are only in
+    graphs, those from `made` on only in what classes made of themselves to be saved; `private` is the bytes of
+    these, which every load has of its own. `function` is what a function is called and how.
     """
 
     key: bytes
@@ -205,8 +205,8 @@ def reduce_script(module: ScriptModule | ScriptFunction[Any, Any]) -> tuple[Call
 def _take_apart(cpp: Any, function: _Signature | None) -> tuple[Script, list[Tensor]]:
     _refuse_packed_for_mkldnn(cpp)
     constants = list(_constants(cpp))
-    plain = function is None and all(_is_plain(value) for value in _attributes(cpp))
-    if plain and not constants:
+    plain = function is None and all(_is_plain(value, kind) for value, kind in _attributes(cpp))
+    if plain and _storages(_tensors(cpp)).isdisjoint(_storages(constants)):
         cpp = _compacted(cpp)
     stream = io.BytesIO()
     writer = torch._C.PyTorchFileWriter(stream)
@@ -246,7 +246,7 @@ def _take_apart(cpp: Any, function: _Signature | None) -> tuple[Script, list[Ten
     apart = not any(0 <= number < first for number in entered)
     last = len(found)
     mixed = any(len(known) > 1 for known in dtypes)
-    if mixed and (constants or not plain):
+    if mixed and (not plain or any(len(dtypes[number]) > 1 for number in entered if number >= 0)):
         raise ValueError(
             f"a {cpp.qualified_name} has tensors of different dtypes over one storage, of which torch.jit.save "
             f"writes one dtype only: clone one of them"
@@ -295,12 +295,32 @@ def _take_apart(cpp: Any, function: _Signature | None) -> tuple[Script, list[Ten
     return script, tensors
 
 
-def _is_plain(value: object) -> bool:
-    """Tell whether an attribute is what `_write_down` can make: a number, a string, or a tensor that is a view."""
-    if not isinstance(value, Tensor):
-        return value is None or type(value) in (bool, int, float, str)
-    own = value.layout is torch.strided and torch._C._has_storage(value) and not value.is_nested
-    return own and not (value.is_meta or value.is_quantized or value.is_conj() or value.is_neg())
+def _is_plain(value: object, kind: Any) -> bool:
+    """Tell whether `_write_down` can make an attribute: a number, a string, a list of them, or a tensor's view."""
+    if isinstance(value, Tensor):
+        own = value.layout is torch.strided and torch._C._has_storage(value) and not value.is_nested
+        return own and not (value.is_meta or value.is_quantized or value.is_conj() or value.is_neg())
+    return _is_written(value, kind)
+
+
+def _is_written(value: object, kind: Any) -> bool:
+    if type(value) in (list, tuple):
+        kinds = _kinds_within(kind, len(value))  # type: ignore[arg-type]
+        return kinds is not None and all(map(_is_written, value, kinds))  # type: ignore[call-overload]
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def _kinds_within(kind: Any, count: int) -> list[Any] | None:
+    """Return the types of the elements of a list or tuple of TorchScript's, None for another type."""
+    if kind.kind() == "OptionalType":
+        kind = kind.getElementType()
+    if kind.kind() == "ListType":
+        return [kind.getElementType()] * count
+    return list(kind.elements()) if kind.kind() == "TupleType" else None
+
+
+def _storages(tensors: Iterable[Tensor]) -> set[int]:
+    return {tensor.untyped_storage()._cdata for tensor in tensors if torch._C._has_storage(tensor)}
 
 
 def _view(tensor: Tensor, storage: torch.UntypedStorage, offset: Any) -> Tensor:
@@ -443,20 +463,21 @@ def _written(value: object) -> str:
     return repr(value)
 
 
-def _attribute_names(module: Any) -> list[str]:
-    """Return the names of a C++ module's attributes; not of the modules below it."""
-    return list(torch._C.ConcreteModuleType.from_jit_type(module._type()).get_attributes())  # type: ignore[attr-defined]
+def _kinds(module: Any) -> dict[str, Any]:
+    """Return the types of a C++ module's attributes by name; not of the modules below it."""
+    attributes: Any = torch._C.ConcreteModuleType.from_jit_type(module._type()).get_attributes()  # type: ignore[attr-defined]
+    return {name: kind for name, (kind, _) in attributes.items()}
 
 
-def _attributes(cpp: Any) -> Iterator[Any]:
-    """Yield what the attributes of the modules hold, in a definite order, ties as often as they occur."""
+def _attributes(cpp: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield what the modules' attributes hold, and its type, in a definite order, ties as often as they occur."""
     for module in _modules(cpp):
-        for name in _attribute_names(module):
-            yield module.getattr(name)
+        for name, kind in _kinds(module).items():
+            yield module.getattr(name), kind
 
 
 def _tensors(cpp: Any) -> Iterator[Tensor]:
-    for value in _attributes(cpp):
+    for value, _ in _attributes(cpp):
         yield from within(value)
 
 
@@ -640,7 +661,14 @@ def _write_down(cpp: Any, tensors: list[Tensor]) -> Callable[[list[Tensor]], Any
     values: dict[Any, Any] = {}
     alive = []
 
-    def value_of(held: Any) -> Any:
+    def value_of(held: Any, kind: Any) -> Any:
+        kinds = _kinds_within(kind, len(held)) if type(held) in (list, tuple) else None
+        if kinds is not None:  # each time: a list can be written to
+            parts = [value_of(part, of) for part, of in zip(held, kinds, strict=True)]
+            made = f"prim::{'List' if type(held) is list else 'Tuple'}Construct"
+            value = graph.insertNode(graph.create(made, parts, 1)).output()
+            value.setType(kind.getElementType() if kind.kind() == "OptionalType" else kind)
+            return value
         is_tensor = isinstance(held, Tensor)
         key: Any = held._cdata if is_tensor else (type(held), repr(held))
         if key not in values:
@@ -654,7 +682,7 @@ def _write_down(cpp: Any, tensors: list[Tensor]) -> Callable[[list[Tensor]], Any
         if hash(module) in values:
             return values[hash(module)]
         alive.append(module)
-        held = [(name, value_of(module.getattr(name))) for name in _attribute_names(module)]
+        held = [(name, value_of(module.getattr(name), kind)) for name, kind in _kinds(module).items()]
         held += [(name, object_of(child)) for name, child in torch._C.ModuleDict(module).items()]
         made = graph.insertNode(graph.create("prim::CreateObject", 1)).output()
         made.setType(module._type())
@@ -773,8 +801,7 @@ def named_tensors(module: ScriptModule | ScriptFunction[Any, Any]) -> Iterator[t
             seen.add(tensor._cdata)
             yield ".<attribute>", tensor
     for part in _modules(module._c):
-        attributes: Any = torch._C.ConcreteModuleType.from_jit_type(part._type()).get_attributes()  # type: ignore[attr-defined]
-        for name, (kind, _) in attributes.items():
+        for name, kind in _kinds(part).items():
             if kind.kind() == "ClassType" and isinstance(value := part.getattr(name), torch.ScriptObject):
                 yield f".<{name}>", value
     for tensor in _constants(module._c):

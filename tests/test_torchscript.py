@@ -213,6 +213,61 @@ def test_a_slice_is_stored_as_the_slice(ray_session: None) -> None:
     assert loaded.two[0] == loaded.bits[0] == 0
 
 
+class SlicesBeside(nn.Module):
+    """A slice of a large storage beside lists, tuples and a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slices = Slices()
+        self.convolution = nn.Conv2d(1, 1, 3, padding="same")
+        self.numbers = [1, 2]
+        self.words = ["a", "b"]
+        self.none = torch.jit.Attribute(None, list[float] | None)
+        self.some = torch.jit.Attribute([0.5], list[float] | None)
+        self.nested = [(1, [2.5, 3.5]), (4, [5.5])]
+        self.empty = torch.jit.Attribute([], list[int])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.slices(x) + self.convolution(x[None, None]).sum()
+
+    @torch.jit.export
+    def add(self, number: int) -> list[int]:
+        self.numbers.append(number)
+        return self.numbers
+
+    @torch.jit.export
+    def held(self) -> tuple[list[str], list[float] | None, list[float] | None, list[tuple[int, list[float]]]]:
+        return self.words, self.none, self.some, self.nested
+
+
+class Traced(nn.Module):
+    """A slice of a large storage beside a constant of the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slices = Slices()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.slices(x) + torch.tensor([1.0])
+
+
+@pytest.mark.parametrize("way", ["script", "trace"])
+def test_slices_beside_lists_and_constants(way: str, ray_session: None) -> None:
+    """Slices are stored as slices beside lists, convolutions and constants, and lists are each load's own."""
+    source = quietly(lambda: torch.jit.script(SlicesBeside()) if way == "script" else torch.jit.trace(Traced(), X))
+    ref = prepare_model_for_actors(source)
+    assert ref.nbytes <= sum(a.raw().nbytes for a in _graph.take_apart(source).arrays) + 1024
+    loads = [load_model_in_actor(ref, keep_flags=True) for _ in range(4)]
+    for number, loaded in enumerate(loads):
+        assert describe(loaded) == describe(source)
+        assert torch.equal(loaded(X), source(X))
+        if way == "script":
+            assert loaded.held() == source.held()
+            assert loaded.empty == []
+            assert loaded.add(number) == [1, 2, number]
+            assert loaded.add(number) == [1, 2, number, number]
+
+
 def counting() -> torch.jit.ScriptFunction:
     """Return a function that counts its calls in a constant of its graph."""
     count = torch.zeros(1)
