@@ -240,7 +240,9 @@ def _take_apart(cpp: Any, function: _Signature | None) -> tuple[Script, list[Ten
             seen.add(tensor._cdata)
             if tensor.is_contiguous() and tensor.nbytes == found[number].nbytes():
                 whole.setdefault(number, len(tensors))
-            tensors.append(_view(tensor, tensor.untyped_storage(), tensor.storage_offset()))
+            # The very object, so that it is one with what others hold of it; but not what Python has put on it.
+            bare = type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.__dict__
+            tensors.append(tensor if bare else _view(tensor, tensor.untyped_storage(), tensor.storage_offset()))
     first = len(found)
     entered = [enter(tensor) for tensor in constants]
     apart = not any(0 <= number < first for number in entered)
@@ -587,6 +589,8 @@ def rebuild_script(
                 compiled.again = _write_down(cpp, tensors)
             if script.mixed and compiled.again is not None:
                 cpp = compiled.again(tensors)
+            elif script.plain:
+                _put_in(cpp, tensors)
             if script.cache != "none":
                 _compiled[key] = compiled
         if script.cache == "strong":
@@ -648,11 +652,7 @@ def _read(unit: Any, script: Script, tensors: list[Tensor], device: Any, number:
 
 def _write_down(cpp: Any, tensors: list[Tensor]) -> Callable[[list[Tensor]], Any]:
     """Return a function that makes a module as `cpp` is one of `tensors`, of others in their places."""
-    places: dict[Any, list[int]] = {}
-    for place, tensor in reversed(list(enumerate(tensors))):
-        places.setdefault(_place_of(tensor), []).append(place)
-    in_cpp = {tensor._cdata: tensor for tensor in _tensors(cpp)}
-    numbers = {known: places[_place_of(tensor)].pop() for known, tensor in in_cpp.items()}
+    numbers = _numbers(cpp, tensors)
     graph: Any = torch._C.Graph()
     given = graph.addInput()
     given.setType(torch._C.ListType.ofTensors())
@@ -703,6 +703,25 @@ def _write_down(cpp: Any, tensors: list[Tensor]) -> Callable[[list[Tensor]], Any
             torch._C._set_graph_executor_optimize(optimizing)
 
     return again
+
+
+def _put_in(cpp: Any, tensors: list[Tensor]) -> None:
+    """Exchange a module's tensors, which were just read, for those that they are like."""
+    numbers = _numbers(cpp, tensors)
+    for module in list(_modules(cpp)):
+        for name in _kinds(module):
+            held = module.getattr(name)
+            if isinstance(held, Tensor) and held._cdata in numbers:
+                module.setattr(name, tensors[numbers[held._cdata]])
+
+
+def _numbers(cpp: Any, tensors: list[Tensor]) -> dict[int, int]:
+    """Return, by the C++ object of each tensor of a module, the number of the one that it is like."""
+    places: dict[Any, list[int]] = {}
+    for place, tensor in reversed(list(enumerate(tensors))):
+        places.setdefault(_place_of(tensor), []).append(place)
+    in_cpp = {tensor._cdata: tensor for tensor in _tensors(cpp)}
+    return {known: places[_place_of(tensor)].pop() for known, tensor in in_cpp.items()}
 
 
 def _place_of(tensor: Tensor) -> Any:

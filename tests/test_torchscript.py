@@ -6,6 +6,7 @@ import gc
 import math
 import time
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -338,3 +339,41 @@ def test_constants_of_called_functions_are_shared_and_counted(ray_session: None)
     report = memory.model_memory(loaded)
     assert report.shared >= large.nbytes
     assert report.private < 10_000
+
+
+def tied_to_script() -> dict[str, Any]:
+    """Return parameters that are held by an eager module, two scripted ones, a list and an optimizer."""
+    eager = nn.Linear(8, 8)
+    layers = nn.Sequential(eager, nn.Conv1d(2, 2, 1))
+    one, two = torch.jit.script(layers), torch.jit.trace(nn.Sequential(eager, nn.ReLU()), X)
+    parameters = list(one.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    return {"one": one, "eager": eager, "two": two, "parameters": parameters, "optimizer": optimizer}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_parameter_tied_to_torchscript_is_one_object(order: int, ray_session: None) -> None:
+    """Gradients of eager and scripted modules with one Parameter add up, and an optimizer trains all of them."""
+    source = quietly(lambda: dict(list(tied_to_script().items())[::order]))
+    ref = prepare_model_for_actors(source)
+    expected = train(source)
+    for flags in (True, False, True, True, False):
+        loaded = load_model_in_actor(ref, keep_flags=flags)
+        weight = loaded["eager"].weight
+        assert type(weight) is nn.Parameter
+        assert weight.requires_grad is flags
+        assert getattr(loaded["one"], "0").weight is weight
+        assert getattr(loaded["two"], "0").weight is weight
+        assert [id(p) for p in loaded["parameters"]] == [id(p) for p in loaded["one"].parameters()]
+        assert loaded["parameters"][0] is weight
+        if flags:
+            assert all(torch.equal(*pair) for pair in zip(train(loaded), expected, strict=True))
+
+
+def train(parts: dict[str, Any]) -> list[torch.Tensor]:
+    """Take two steps through all the modules, and return the parameters."""
+    for _ in range(2):
+        parts["optimizer"].zero_grad()
+        parts["two"](parts["one"](parts["eager"](X))).pow(2).sum().backward()
+        parts["optimizer"].step()
+    return [p.detach().clone() for p in parts["parameters"]]
