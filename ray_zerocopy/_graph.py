@@ -13,10 +13,10 @@ Three kinds of tensors:
 
 plain       a `torch.Tensor` or `Parameter` that is dtype, shape, stride and offset over a storage: it leaves by
             identity, whole, and comes back as a view.
-decorated   one of those with attributes of its own, or a Parameter subclass: its data leaves as a plain tensor;
-            type and attributes stay in the skeleton.
-composed    all else (subclasses, quantized, sparse, ...): torch's own reduce describes it, and the storages and
-            tensors that it is made of leave from inside that description.
+decorated   one of those with attributes of its own, or of a subclass: its data leaves as a plain tensor; type and
+            attributes stay in the skeleton.
+composed    all else (subclasses that wrap others, quantized, sparse, ...): torch's own reduce describes it, and the
+            storages and tensors that it is made of leave from inside that description.
 
 Identity lives in objects and storages, never in `state_dict` keys, so ties, aliases, views, plain attributes
 and containers need no rule of their own.
@@ -206,7 +206,9 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
                 return _new_initialized, (kind,), state
         elif issubclass(kind, Tensor):
             self.flagged.append(obj)
-            if _is_decorated(obj):
+            if kind not in self.dispatch_table and _is_decorated(obj):
+                if kind is not Tensor and not issubclass(kind, Parameter):
+                    self.composed = f"{kind.__name__} of {obj.dtype}"
                 return _reduce_decorated(obj)
             if any(True for _ in components(obj)):
                 self.composed = f"{kind.__name__} of {obj.dtype}"
@@ -382,17 +384,18 @@ def _is_decorated(tensor: Tensor) -> bool:
     if kind is Tensor:
         return _has_own_bytes(tensor)
     return (
-        issubclass(kind, Parameter)
-        and kind.__reduce_ex__ is Parameter.__reduce_ex__
+        kind.__reduce_ex__ in (Parameter.__reduce_ex__, Tensor.__reduce_ex__)
         and kind.__torch_dispatch__ is Tensor.__torch_dispatch__
+        and not hasattr(kind, "__tensor_flatten__")
         and _has_own_bytes(tensor)
     )
 
 
 def _reduce_decorated(tensor: Tensor) -> Any:
-    data = Tensor.detach(tensor).as_subclass(Tensor)
-    arguments = (data, type(tensor), tensor.requires_grad)
-    return _rebuild_decorated, arguments, dict(tensor.__dict__), None, None, _set_attributes
+    with torch._C.DisableTorchFunctionSubclass():
+        arguments = (Tensor.detach(tensor).as_subclass(Tensor), type(tensor), tensor.requires_grad)
+    state = torch._utils._get_obj_state(tensor)  # type: ignore[no-untyped-call]
+    return _rebuild_decorated, arguments, state, None, None, _set_attributes
 
 
 def _rebuild_decorated(data: Tensor, kind: type, requires_grad: bool) -> Tensor:
@@ -433,8 +436,13 @@ def _rebuild_quantized(
     return tensor.set_(storage, offset, shape, stride)
 
 
-def _set_attributes(tensor: Tensor, attributes: dict[str, Any]) -> None:
-    tensor.__dict__.update(attributes)
+def _set_attributes(tensor: Tensor, state: Any) -> None:
+    if type(tensor).__setstate__ is not Tensor.__setstate__:
+        tensor.__setstate__(state)  # type: ignore[no-untyped-call]
+    elif isinstance(state, dict):
+        tensor.__dict__.update(state)
+    else:
+        torch._utils._set_obj_state(tensor, state)  # type: ignore[no-untyped-call]
 
 
 def _trains(module: torch.nn.Module) -> bool:
@@ -444,7 +452,8 @@ def _trains(module: torch.nn.Module) -> bool:
 def _in_training(modules: list[torch.nn.Module]) -> tuple[list[torch.nn.Module], list[torch.nn.Module]]:
     """Return what to give eval mode: roots, by their `eval()`; and single modules, by their flag alone.
 
-    The latter where some class means something else by `train` than torch does, such as a training loop.
+    The latter where some class means something else by `train` than torch does, such as a training loop, and for
+    what an `eval` of one's own leaves undone.
     """
     # TorchScript's own flags are cleared in its archive.
     modules = [module for module in modules if not isinstance(module, torch.jit.ScriptModule)]
@@ -457,11 +466,20 @@ def _in_training(modules: list[torch.nn.Module]) -> tuple[list[torch.nn.Module],
             continue
         parts = list(root.modules())
         if any(_trains(part) for part in parts):
-            if all(_has_torchs_train(type(part)) for part in parts):
+            called = _eval_may_be_called(root, parts)
+            if called:
                 roots.append(root)
-            else:
+            if not called or type(root).eval is not torch.nn.Module.eval:
                 single += [part for part in parts if _trains(part)]
     return roots, single
+
+
+def _eval_may_be_called(root: torch.nn.Module, parts: list[torch.nn.Module]) -> bool:
+    """Tell whether `root.eval()` is torch's, or at least called like it, and so are the `train`s that it calls."""
+    if "eval" in root.__dict__ or not all(_has_torchs_train(type(part)) for part in parts):
+        return False
+    own = type(root).eval
+    return own is torch.nn.Module.eval or (callable(own) and list(inspect.signature(own).parameters) == ["self"])
 
 
 def _has_torchs_train(kind: type[torch.nn.Module]) -> bool:
@@ -508,10 +526,15 @@ def put_together(
         for module in single:
             module.training = False
         for module in opaque:  # a __reduce__ of its own built it anew, and knows of no flags
-            module.eval().requires_grad_(False)
+            again, left = _in_training([module])
+            for root in again:
+                root.eval()
+            for part in left:
+                part.training = False
+            flagged.extend(module.parameters())
         for tensor in flagged:
-            if tensor.requires_grad and not torch.nn.parameter.is_lazy(tensor):
-                tensor.requires_grad_(False)
+            if tensor.requires_grad:
+                tensor.requires_grad = False  # a lazy one has no requires_grad_()
     if recurrent:
         _lay_out_for_cudnn(recurrent, tensors)
     return obj, unpickler.import_seconds
@@ -682,13 +705,26 @@ def walk(obj: object, path: str = "", stop_at: tuple[type, ...] = ()) -> Iterato
 
 
 def follow(obj: object, path: str) -> Any:
-    """Return what lies at a path as `children` spells them, such as `.stages[0].model`; LookupError if nothing."""
+    """Return what lies at a path as `children` spells them, such as `.stages[0].model`; LookupError if nothing.
+
+    A key that is a string may have quotes of either kind around it.
+    """
     if not path:
         return obj
     for step, child in children(obj):
-        if path.startswith(step) and path[len(step) : len(step) + 1] in ("", ".", "["):
-            return follow(child, path[len(step) :])
+        length = len(step) if path.startswith(step) else _length_of_key(path, step)
+        if length and path[length : length + 1] in ("", ".", "["):
+            with contextlib.suppress(LookupError):  # a name may go on like another, with a dot in it
+                return follow(child, path[length:])
     raise LookupError(path)
+
+
+def _length_of_key(path: str, step: str) -> int:
+    """Return how many characters at the beginning of a path spell a step's string key in the other quotes, or 0."""
+    if not step.startswith(("['", '["')) or "\\" in step:
+        return 0
+    quote = '"' if step[1] == "'" else "'"
+    return len(step) if path.startswith(f"[{quote}{step[2:-2]}{quote}]") else 0
 
 
 def _unpicklable(

@@ -24,13 +24,14 @@ The module travels inside a holder, `_held`. The reader looks through a root mod
 operators of old releases to rewrite, which costs more than reading it; what an attribute holds it leaves alone.
 
 What cannot be shared is what a class makes of its tensors while it is read: a quantized layer packs its weights
-for the processor, in memory of its own. `private_bytes` counts it. What a frozen module has in its graphs is
+for the processor, in memory of its own. `Script.private` counts it. What a frozen module has in its graphs is
 shared; `baked_bytes` counts it, because it is in no `state_dict`.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import pickle
 import pickletools
 import threading
@@ -38,7 +39,7 @@ import types
 import uuid
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -155,15 +156,15 @@ def _method(whole: ScriptModule, path: str, name: str) -> Any:
 class Script(NamedTuple):
     """A module without its tensors.
 
-    `code` is an archive with everything but storages, `objects` the same without code. `flagged` says whether
-    they have a second set of objects in which tensors require gradients and modules train. `plain` says whether all
-    attributes are modules, ordinary tensors, numbers and strings; `mixed`, whether tensors of several dtypes are over
-    one storage, which torch reads as one dtype. `cache` is 'strong' where the compiled
-    code may outlive the modules made with it, 'weak' where it holds shared tensors (graph constants), and 'none'
-    where a method writes to them, so that each module needs its own. `storages` has, for each storage of the
-    archives, which of the tensors beside it reaches all of it. Of the storages, those from
-    `baked` on are only in graphs, those from `made` on only in what classes made of themselves to be saved; `private`
-    is the bytes of these, which every load has of its own. `function` is what a function is called and how.
+    `code` is an archive with everything but storages, `objects` the same without code. `flagged` says whether they
+    have a second set of objects in which tensors require gradients and modules train. `plain` says whether all
+    attributes are modules, ordinary tensors, numbers, strings, and lists and tuples of these two; `mixed`, whether
+    tensors of several dtypes are over one storage, which torch reads as one dtype. `cache` is 'strong' where the
+    compiled code may outlive the modules made with it, 'weak' where it holds shared tensors (graph constants), and
+    'none' where a method writes to them, so that each module needs its own. `storages` has, for each storage of the
+    archives, which of the tensors beside it reaches all of it. Of the storages, those from `baked` on are only in
+    graphs, those from `made` on only in what classes made of themselves to be saved; `private` is the bytes of
+    these, which every load has of its own. `function` is what a function is called and how.
     """
 
     key: bytes
@@ -204,8 +205,8 @@ def reduce_script(module: ScriptModule | ScriptFunction[Any, Any]) -> tuple[Call
 def _take_apart(cpp: Any, function: _Signature | None) -> tuple[Script, list[Tensor]]:
     _refuse_packed_for_mkldnn(cpp)
     constants = list(_constants(cpp))
-    plain = function is None and all(_is_plain(value) for value in _attributes(cpp))
-    if plain and not constants:
+    plain = function is None and all(_is_plain(value, kind) for value, kind in _attributes(cpp))
+    if plain and _storages(_tensors(cpp)).isdisjoint(_storages(constants)):
         cpp = _compacted(cpp)
     stream = io.BytesIO()
     writer = torch._C.PyTorchFileWriter(stream)
@@ -239,13 +240,15 @@ def _take_apart(cpp: Any, function: _Signature | None) -> tuple[Script, list[Ten
             seen.add(tensor._cdata)
             if tensor.is_contiguous() and tensor.nbytes == found[number].nbytes():
                 whole.setdefault(number, len(tensors))
-            tensors.append(_view(tensor, tensor.untyped_storage(), tensor.storage_offset()))
+            # The very object, so that it is one with what others hold of it; but not what Python has put on it.
+            bare = type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.__dict__
+            tensors.append(tensor if bare else _view(tensor, tensor.untyped_storage(), tensor.storage_offset()))
     first = len(found)
-    entered = [enter(tensor) for tensor, _ in constants]
+    entered = [enter(tensor) for tensor in constants]
     apart = not any(0 <= number < first for number in entered)
     last = len(found)
     mixed = any(len(known) > 1 for known in dtypes)
-    if mixed and (constants or not plain):
+    if mixed and (not plain or any(len(dtypes[number]) > 1 for number in entered if number >= 0)):
         raise ValueError(
             f"a {cpp.qualified_name} has tensors of different dtypes over one storage, of which torch.jit.save "
             f"writes one dtype only: clone one of them"
@@ -258,7 +261,7 @@ def _take_apart(cpp: Any, function: _Signature | None) -> tuple[Script, list[Ten
     reader = torch._C.PyTorchFileReader(io.BytesIO(stream.getbuffer()))
     records = {name: reader.get_record(name) for name in reader.get_all_records()}
     del reader, writer, serializer
-    # The storages that `_tensors` does not see: made by a __getstate__, or deep in a called function's constants.
+    # The storages that `_tensors` does not see: made by a __getstate__.
     private = 0
     for number in range(last, last + len(records)):
         record = records.pop(f".data/{number}.storage", None)
@@ -280,7 +283,7 @@ def _take_apart(cpp: Any, function: _Signature | None) -> tuple[Script, list[Ten
         records[_CONSTANTS.format(1)] = records[_CONSTANTS.format(0)]
         records[_DATA.format(0)] = flagless
     cache = "strong"
-    if any(written for _, written in constants):
+    if constants and _writes_to_constants(cpp):
         cache = "none"
     elif records[_CONSTANTS.format(0)] != _NOTHING and not (small and private == 0):
         cache = "weak"
@@ -294,12 +297,32 @@ def _take_apart(cpp: Any, function: _Signature | None) -> tuple[Script, list[Ten
     return script, tensors
 
 
-def _is_plain(value: object) -> bool:
-    """Tell whether an attribute is what `_write_down` can make: a number, a string, or a tensor that is a view."""
-    if not isinstance(value, Tensor):
-        return value is None or type(value) in (bool, int, float, str)
-    own = value.layout is torch.strided and torch._C._has_storage(value) and not value.is_nested
-    return own and not (value.is_meta or value.is_quantized or value.is_conj() or value.is_neg())
+def _is_plain(value: object, kind: Any) -> bool:
+    """Tell whether `_write_down` can make an attribute: a number, a string, a list of them, or a tensor's view."""
+    if isinstance(value, Tensor):
+        own = value.layout is torch.strided and torch._C._has_storage(value) and not value.is_nested
+        return own and not (value.is_meta or value.is_quantized or value.is_conj() or value.is_neg())
+    return _is_written(value, kind)
+
+
+def _is_written(value: object, kind: Any) -> bool:
+    if type(value) in (list, tuple):
+        kinds = _kinds_within(kind, len(value))  # type: ignore[arg-type]
+        return kinds is not None and all(map(_is_written, value, kinds))  # type: ignore[call-overload]
+    return value is None or type(value) in (bool, int, float, str)
+
+
+def _kinds_within(kind: Any, count: int) -> list[Any] | None:
+    """Return the types of the elements of a list or tuple of TorchScript's, None for another type."""
+    if kind.kind() == "OptionalType":
+        kind = kind.getElementType()
+    if kind.kind() == "ListType":
+        return [kind.getElementType()] * count
+    return list(kind.elements()) if kind.kind() == "TupleType" else None
+
+
+def _storages(tensors: Iterable[Tensor]) -> set[int]:
+    return {tensor.untyped_storage()._cdata for tensor in tensors if torch._C._has_storage(tensor)}
 
 
 def _view(tensor: Tensor, storage: torch.UntypedStorage, offset: Any) -> Tensor:
@@ -414,7 +437,7 @@ def _signature(function: ScriptFunction[Any, Any]) -> _Signature:
     for argument in schema.arguments:
         if argument.kwarg_only and "*" not in given:
             given.append("*")
-        default = f" = {argument.default_value!r}" if argument.has_default_value() else ""
+        default = f" = {_written(argument.default_value)}" if argument.has_default_value() else ""
         given.append(f"{argument.name}: {argument.type.annotation_str}{default}")
         passed.append(f"{argument.name}={argument.name}")
     source = f"def {function.name}({', '.join(given)}):\n    return inner({', '.join(passed)})\n"
@@ -431,20 +454,32 @@ def _signature(function: ScriptFunction[Any, Any]) -> _Signature:
     return signature
 
 
-def _attribute_names(module: Any) -> list[str]:
-    """Return the names of a C++ module's attributes; not of the modules below it."""
-    return list(torch._C.ConcreteModuleType.from_jit_type(module._type()).get_attributes())  # type: ignore[attr-defined]
+def _written(value: object) -> str:
+    """Return a default as TorchScript reads it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"float('{value}')"
+    if isinstance(value, torch.device):
+        return f"torch.device('{value}')"
+    if isinstance(value, tuple):
+        return f"({''.join(_written(held) + ', ' for held in value)})"
+    return repr(value)
 
 
-def _attributes(cpp: Any) -> Iterator[Any]:
-    """Yield what the attributes of the modules hold, in a definite order, ties as often as they occur."""
+def _kinds(module: Any) -> dict[str, Any]:
+    """Return the types of a C++ module's attributes by name; not of the modules below it."""
+    attributes: Any = torch._C.ConcreteModuleType.from_jit_type(module._type()).get_attributes()  # type: ignore[attr-defined]
+    return {name: kind for name, (kind, _) in attributes.items()}
+
+
+def _attributes(cpp: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield what the modules' attributes hold, and its type, in a definite order, ties as often as they occur."""
     for module in _modules(cpp):
-        for name in _attribute_names(module):
-            yield module.getattr(name)
+        for name, kind in _kinds(module).items():
+            yield module.getattr(name), kind
 
 
 def _tensors(cpp: Any) -> Iterator[Tensor]:
-    for value in _attributes(cpp):
+    for value, _ in _attributes(cpp):
         yield from within(value)
 
 
@@ -462,26 +497,49 @@ def within(value: object) -> Iterator[Tensor]:
         yield from _tensors(value)
 
 
-def _constants(cpp: Any) -> Iterator[tuple[Tensor, bool]]:
-    """Yield the tensors in the graphs of a module's methods, each with whether a method writes to it."""
+def _graphs(cpp: Any) -> Iterator[Any]:
+    """Yield the graphs of a module's methods, with those of what they call put in, and of what they fork."""
     seen = set()
     for module in _modules(cpp):
         for name in module._method_names():
-            method = module._get_method(name)
-            if (module.qualified_name, name) in seen:
-                continue
-            seen.add((module.qualified_name, name))
-            graph = method.graph
-            held = [
-                (node.output(), tensor)
-                for node in graph.findAllNodes("prim::Constant")
-                if node.hasAttribute("value") and node.kindOf("value") in ("t", "ts", "ival")
-                for tensor in within(getattr(node, node.kindOf("value"))("value"))
-            ]
-            if held:
-                aliases = graph.alias_db()
-                for value, tensor in held:
-                    yield tensor, aliases.has_writers(value)
+            if (module.qualified_name, name) not in seen:
+                seen.add((module.qualified_name, name))
+                yield from _with_forks(module._get_method(name).inlined_graph)
+
+
+def _with_forks(graph: Any) -> Iterator[Any]:
+    yield graph
+    for fork in graph.findAllNodes("prim::fork"):
+        forked = fork.g("Subgraph").copy()
+        torch._C._jit_pass_inline(forked)
+        yield from _with_forks(forked)
+
+
+def _constants_of(graph: Any) -> Iterator[tuple[Any, Tensor]]:
+    for node in graph.findAllNodes("prim::Constant"):
+        if node.hasAttribute("value") and node.kindOf("value") in ("t", "ts", "ival"):
+            for tensor in within(getattr(node, node.kindOf("value"))("value")):
+                yield node.output(), tensor
+
+
+def _constants(cpp: Any) -> Iterator[Tensor]:
+    """Yield the tensors in the graphs of a module's methods and of what these call, each once."""
+    seen = set()
+    for graph in _graphs(cpp):
+        for _, tensor in _constants_of(graph):
+            if tensor._cdata not in seen:
+                seen.add(tensor._cdata)
+                yield tensor
+
+
+def _writes_to_constants(cpp: Any) -> bool:
+    for graph in _graphs(cpp):
+        held = list(_constants_of(graph))
+        if held:
+            aliases = graph.alias_db()
+            if any(aliases.has_writers(value) for value, _ in held):
+                return True
+    return False
 
 
 def python_state(module: ScriptModule) -> dict[str, dict[str, Any]]:
@@ -531,6 +589,8 @@ def rebuild_script(
                 compiled.again = _write_down(cpp, tensors)
             if script.mixed and compiled.again is not None:
                 cpp = compiled.again(tensors)
+            elif script.plain:
+                _put_in(cpp, tensors)
             if script.cache != "none":
                 _compiled[key] = compiled
         if script.cache == "strong":
@@ -592,11 +652,7 @@ def _read(unit: Any, script: Script, tensors: list[Tensor], device: Any, number:
 
 def _write_down(cpp: Any, tensors: list[Tensor]) -> Callable[[list[Tensor]], Any]:
     """Return a function that makes a module as `cpp` is one of `tensors`, of others in their places."""
-    places: dict[Any, list[int]] = {}
-    for place, tensor in reversed(list(enumerate(tensors))):
-        places.setdefault(_place_of(tensor), []).append(place)
-    in_cpp = {tensor._cdata: tensor for tensor in _tensors(cpp)}
-    numbers = {known: places[_place_of(tensor)].pop() for known, tensor in in_cpp.items()}
+    numbers = _numbers(cpp, tensors)
     graph: Any = torch._C.Graph()
     given = graph.addInput()
     given.setType(torch._C.ListType.ofTensors())
@@ -605,7 +661,14 @@ def _write_down(cpp: Any, tensors: list[Tensor]) -> Callable[[list[Tensor]], Any
     values: dict[Any, Any] = {}
     alive = []
 
-    def value_of(held: Any) -> Any:
+    def value_of(held: Any, kind: Any) -> Any:
+        kinds = _kinds_within(kind, len(held)) if type(held) in (list, tuple) else None
+        if kinds is not None:  # each time: a list can be written to
+            parts = [value_of(part, of) for part, of in zip(held, kinds, strict=True)]
+            made = f"prim::{'List' if type(held) is list else 'Tuple'}Construct"
+            value = graph.insertNode(graph.create(made, parts, 1)).output()
+            value.setType(kind.getElementType() if kind.kind() == "OptionalType" else kind)
+            return value
         is_tensor = isinstance(held, Tensor)
         key: Any = held._cdata if is_tensor else (type(held), repr(held))
         if key not in values:
@@ -619,7 +682,7 @@ def _write_down(cpp: Any, tensors: list[Tensor]) -> Callable[[list[Tensor]], Any
         if hash(module) in values:
             return values[hash(module)]
         alive.append(module)
-        held = [(name, value_of(module.getattr(name))) for name in _attribute_names(module)]
+        held = [(name, value_of(module.getattr(name), kind)) for name, kind in _kinds(module).items()]
         held += [(name, object_of(child)) for name, child in torch._C.ModuleDict(module).items()]
         made = graph.insertNode(graph.create("prim::CreateObject", 1)).output()
         made.setType(module._type())
@@ -642,6 +705,25 @@ def _write_down(cpp: Any, tensors: list[Tensor]) -> Callable[[list[Tensor]], Any
     return again
 
 
+def _put_in(cpp: Any, tensors: list[Tensor]) -> None:
+    """Exchange a module's tensors, which were just read, for those that they are like."""
+    numbers = _numbers(cpp, tensors)
+    for module in list(_modules(cpp)):
+        for name in _kinds(module):
+            held = module.getattr(name)
+            if isinstance(held, Tensor) and held._cdata in numbers:
+                module.setattr(name, tensors[numbers[held._cdata]])
+
+
+def _numbers(cpp: Any, tensors: list[Tensor]) -> dict[int, int]:
+    """Return, by the C++ object of each tensor of a module, the number of the one that it is like."""
+    places: dict[Any, list[int]] = {}
+    for place, tensor in reversed(list(enumerate(tensors))):
+        places.setdefault(_place_of(tensor), []).append(place)
+    in_cpp = {tensor._cdata: tensor for tensor in _tensors(cpp)}
+    return {known: places[_place_of(tensor)].pop() for known, tensor in in_cpp.items()}
+
+
 def _place_of(tensor: Tensor) -> Any:
     # Without the dtype, see `Script.mixed`: what is alike then comes in one order.
     place = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.requires_grad)
@@ -651,7 +733,7 @@ def _place_of(tensor: Tensor) -> Any:
 def _exchange(cpp: Any, places: dict[int, torch.UntypedStorage], constants: bool) -> None:
     """Give each tensor of a module, and each constant, the storage on the device for the one it has on the host."""
     done = set()
-    for tensor in (*_tensors(cpp), *((t for t, _ in _constants(cpp)) if constants else ())):
+    for tensor in (*_tensors(cpp), *(_constants(cpp) if constants else ())):
         place = places.get(tensor.untyped_storage()._cdata) if torch._C._has_storage(tensor) else None
         if place is None or tensor._cdata in done:
             continue
@@ -713,19 +795,14 @@ def _define(signature: _Signature, inner: Any) -> Any:
 
 def baked_bytes(module: ScriptModule | ScriptFunction[Any, Any]) -> int:
     """Return the bytes of the distinct storages in the graphs of a module: weights that are in no `state_dict`."""
-    if isinstance(module, ScriptFunction):
-        found = list(_function_constants(module))
-    else:
-        found = [tensor for tensor, _ in _constants(module._c)]
+    found = list(_function_constants(module)) if isinstance(module, ScriptFunction) else list(_constants(module._c))
     storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in found if torch._C._has_storage(t)}
     return sum(storages.values())
 
 
 def _function_constants(function: ScriptFunction[Any, Any]) -> Iterator[Tensor]:
-    graph: Any = function.inlined_graph
-    for node in graph.findAllNodes("prim::Constant"):
-        if node.hasAttribute("value") and node.kindOf("value") in ("t", "ts", "ival"):
-            yield from within(getattr(node, node.kindOf("value"))("value"))
+    for graph in _with_forks(function.inlined_graph):
+        yield from (tensor for _, tensor in _constants_of(graph))
 
 
 def named_tensors(module: ScriptModule | ScriptFunction[Any, Any]) -> Iterator[tuple[str, Any]]:
@@ -743,9 +820,8 @@ def named_tensors(module: ScriptModule | ScriptFunction[Any, Any]) -> Iterator[t
             seen.add(tensor._cdata)
             yield ".<attribute>", tensor
     for part in _modules(module._c):
-        attributes: Any = torch._C.ConcreteModuleType.from_jit_type(part._type()).get_attributes()  # type: ignore[attr-defined]
-        for name, (kind, _) in attributes.items():
+        for name, kind in _kinds(part).items():
             if kind.kind() == "ClassType" and isinstance(value := part.getattr(name), torch.ScriptObject):
                 yield f".<{name}>", value
-    for tensor, _ in _constants(module._c):
+    for tensor in _constants(module._c):
         yield ".<constant in its graph>", tensor

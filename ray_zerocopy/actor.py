@@ -246,12 +246,13 @@ def load_pipeline_in_actor(
     if not isinstance(loaded.model, _Models) or loaded.model.token != skeleton._token:
         raise TypeError(f"{refs!r} is not the handle that came with {skeleton!r}: both come from one call.")
     _, models, tensors, arrays = loaded.model
-    if skeleton._rest:
-        layout, blocks = skeleton._rest
-        buffers = [(bytearray(block), 0) for block in blocks]  # copy: model_attr_names asked for it
-        tensors = _layout.unpack(layout, buffers, keep_flags=keep_flags)
-        arrays = _layout.unpack_arrays(layout, buffers)
-    pipeline, _ = _graph.put_together(skeleton._stream, tensors, arrays, models, keep_flags=keep_flags)
+    with _store._quietly():
+        if skeleton._rest:
+            layout, blocks = skeleton._rest
+            buffers = [(bytearray(block), 0) for block in blocks]  # copy: model_attr_names asked for it
+            tensors = _layout.unpack(layout, buffers, keep_flags=keep_flags)
+            arrays = _layout.unpack_arrays(layout, buffers)
+        pipeline, _ = _graph.put_together(skeleton._stream, tensors, arrays, models, keep_flags=keep_flags)
     if isinstance(getattr(pipeline, "__dict__", {}).get("device"), torch.device):
         pipeline.device = loaded.device
     return pipeline
@@ -273,7 +274,7 @@ def _named(pipeline: object, names: Iterable[str], found: list[tuple[str, Any]])
             raise TypeError(f"model_attr_names has {name!r}, which is not a name. {there}")
         path = name if name.startswith((".", "[")) else f".{name}"
         try:
-            part = _graph.follow(pipeline, path.replace('"', "'"))
+            part = _graph.follow(pipeline, path)
         except LookupError:
             raise ValueError(f"{type(pipeline).__name__} has no part '{name}'. {there}") from None
         if not isinstance(part, MODEL_TYPES):

@@ -34,8 +34,10 @@ from ray_zerocopy import (
     _layout,
     _store,
     load_model_in_actor,
+    load_pipeline_in_actor,
     memory,
     prepare_model_for_actors,
+    rewrite_pipeline_for_actors,
 )
 
 
@@ -527,6 +529,90 @@ def test_a_train_of_ones_own_is_not_called(ray_session: None) -> None:
     loaded = load_model_in_actor(prepare_model_for_actors(nn.Sequential(Trainer(2, 2))))
     assert not loaded.training
     assert not loaded[0].training
+
+
+class OwnEval(nn.Linear):
+    """Means something else by `eval` than torch does."""
+
+    def eval(self, data: Any) -> Any:
+        raise AssertionError("the evaluation was run")
+
+
+class EvalOfItself(nn.Sequential):
+    """Has an `eval` that leaves everything in train mode."""
+
+    def eval(self) -> Any:
+        self.asked = True
+        return self
+
+
+class ReducedOwnEval(OwnEval):
+    """Is built anew by its own reducer."""
+
+    def __reduce__(self) -> Any:
+        return ReducedOwnEval, (2, 2)
+
+
+@pytest.mark.parametrize("make", [lambda: OwnEval(2, 2), lambda: ReducedOwnEval(2, 2)])
+def test_an_eval_of_ones_own_is_not_called(make: Any, ray_session: None) -> None:
+    """A class whose `eval` takes arguments is put in eval mode by its flag, alone or inside others."""
+    for model in (make(), nn.Sequential(make(), nn.Dropout())):
+        loaded = load_model_in_actor(prepare_model_for_actors(model))
+        assert not any(part.training for part in loaded.modules())
+        assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_an_eval_that_does_nothing(ray_session: None) -> None:
+    """Where an `eval` of one's own gives no eval mode, the flags give it all the same."""
+    loaded = load_model_in_actor(prepare_model_for_actors(EvalOfItself(nn.Dropout(), nn.BatchNorm1d(2))))
+    assert loaded.asked
+    assert not any(part.training for part in loaded.modules())
+
+
+class Slotted(torch.Tensor):
+    """A tensor subclass with a slot."""
+
+    __slots__ = ("unit",)
+
+
+def subclassed() -> nn.Module:
+    model = nn.Linear(2, 2)
+    model.weight = nn.Parameter(torch.randn(2, 2).as_subclass(Slotted))
+    model.weight.unit = "mm"
+    model.weight.shard = {"dim": 0}
+    model.prompt = torch.randn(2).as_subclass(Slotted).requires_grad_()
+    return model
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_tensor_subclasses_keep_or_lose_their_gradients(grad: bool, ray_session: None) -> None:
+    """Tensors of a subclass are leaves, which want a gradient with keep_flags only, and keep all else."""
+    source = subclassed()
+    skeleton, refs = rewrite_pipeline_for_actors({"model": source, "prompt": source.prompt})
+    with torch.set_grad_enabled(grad):
+        for load in (
+            lambda **how: load_model_in_actor(prepare_model_for_actors(source), **how),
+            lambda **how: load_pipeline_in_actor(skeleton, refs, **how)["model"],
+        ):
+            plain, kept = load(), load(keep_flags=True)
+            for model in (plain, kept):
+                assert type(model.weight) is type(model.prompt) is Slotted
+                assert isinstance(model.weight, nn.Parameter)
+                assert (model.weight.unit, model.weight.shard) == ("mm", {"dim": 0})
+                assert torch.equal(model.weight, source.weight)
+                assert model.weight.is_leaf
+                assert model.prompt.is_leaf
+            assert not any(p.requires_grad for p in (*plain.parameters(), plain.prompt))
+            assert all(p.requires_grad for p in (*kept.parameters(), kept.prompt))
+    before = kept.weight.detach().clone()
+    optimizer = torch.optim.SGD([*kept.parameters(), kept.prompt], lr=1.0)
+    (kept(torch.ones(1, 2)) * kept.prompt).sum().backward()
+    optimizer.step()
+    assert kept.prompt.grad is not None
+    assert not torch.equal(before, kept.weight)
+    prompt = load_pipeline_in_actor(skeleton, refs, keep_flags=True)["prompt"]
+    assert prompt.is_leaf
+    assert prompt.requires_grad
 
 
 def test_reducers_of_others_are_kept(ray_session: None) -> None:

@@ -36,7 +36,7 @@ def is_eval(model: Any) -> bool:
     parts = [part for _, part in _graph.walk(model)]
     modules = [p for p in parts if isinstance(p, torch.nn.Module) and not isinstance(p, torch.fx.GraphModule)]
     return not any(getattr(p, "training", False) for p in modules) and not any(
-        p.requires_grad for p in parts if isinstance(p, torch.Tensor) and not torch.nn.parameter.is_lazy(p)
+        p.requires_grad for p in parts if isinstance(p, torch.Tensor)
     )
 
 

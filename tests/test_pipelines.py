@@ -157,6 +157,20 @@ def test_names_narrow_what_is_shared(ray_session: None) -> None:
     assert load_pipeline_in_actor(skeleton, refs, keep_flags=True).decoder.weight.requires_grad
 
 
+def test_any_path_that_is_listed_is_a_name(ray_session: None) -> None:
+    """The paths that an error lists are names, whatever quotes, brackets and dots are in the keys."""
+    models: dict[Any, nn.Module] = {key: nn.Linear(2, 2) for key in ("it's", 'a "b"', "k.x", "k", "\\d'\"", "[0]", 3)}
+    source = {"stages": models, "k": [models["k"]]}
+    with pytest.raises(ValueError, match="no part 'nope'") as caught:
+        rewrite_pipeline_for_actors(source, ["nope"])
+    listed = str(caught.value).partition("Its models are: ")[2].removesuffix(".").split(", ")
+    assert len(listed) == len(models)
+    other = {"['stages'][\"it's\"]": '["stages"]["it\'s"]', "['stages']['k.x']": '["stages"]["k.x"]'}
+    for path in (*listed, *other.values(), "['stages']['it's']", "['k'][0]"):
+        skeleton, _ = rewrite_pipeline_for_actors(source, [path])
+        assert skeleton.models == (path,)
+
+
 @pytest.mark.parametrize(
     ("names", "error", "words"),
     [

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import gc
+import math
 import time
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ from describe import describe
 from models import quietly
 from torch import nn
 
-from ray_zerocopy import _graph, _layout, _script, load_model_in_actor, prepare_model_for_actors
+from ray_zerocopy import _graph, _layout, _script, load_model_in_actor, memory, prepare_model_for_actors
 
+CPU = torch.device("cpu")
 X = torch.randn(2, 8, generator=torch.Generator().manual_seed(1))
 
 
@@ -36,6 +39,22 @@ def test_a_function_keeps_its_signature(ray_session: None) -> None:
         assert torch.equal(loaded(x=X, shift=3, word="", factor=1.0), X + 3)
     again = load_model_in_actor(prepare_model_for_actors(loaded))
     assert str(again.schema) == str(source.schema)
+
+
+def bounded(
+    x: torch.Tensor, low: float = -math.inf, high: float = math.inf, fill: float = math.nan, to: torch.device = CPU
+) -> torch.Tensor:
+    """Be a function with defaults that have no literals."""
+    return x.to(to).clamp(low, high) + torch.tensor([fill])
+
+
+def test_defaults_without_literals(ray_session: None) -> None:
+    """Infinities, nan and devices are kept as defaults."""
+    source = quietly(lambda: torch.jit.script(bounded))
+    loaded = load_model_in_actor(prepare_model_for_actors(source))
+    assert str(loaded.schema) == str(source.schema)
+    assert loaded(X).isnan().all()
+    assert torch.equal(loaded(X, fill=0.0), X)
 
 
 class Box:
@@ -193,3 +212,168 @@ def test_a_slice_is_stored_as_the_slice(ray_session: None) -> None:
     with torch.no_grad():
         loaded.one[4:] = 0
     assert loaded.two[0] == loaded.bits[0] == 0
+
+
+class SlicesBeside(nn.Module):
+    """A slice of a large storage beside lists, tuples and a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slices = Slices()
+        self.convolution = nn.Conv2d(1, 1, 3, padding="same")
+        self.numbers = [1, 2]
+        self.words = ["a", "b"]
+        self.none = torch.jit.Attribute(None, list[float] | None)
+        self.some = torch.jit.Attribute([0.5], list[float] | None)
+        self.nested = [(1, [2.5, 3.5]), (4, [5.5])]
+        self.empty = torch.jit.Attribute([], list[int])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.slices(x) + self.convolution(x[None, None]).sum()
+
+    @torch.jit.export
+    def add(self, number: int) -> list[int]:
+        self.numbers.append(number)
+        return self.numbers
+
+    @torch.jit.export
+    def held(self) -> tuple[list[str], list[float] | None, list[float] | None, list[tuple[int, list[float]]]]:
+        return self.words, self.none, self.some, self.nested
+
+
+class Traced(nn.Module):
+    """A slice of a large storage beside a constant of the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slices = Slices()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.slices(x) + torch.tensor([1.0])
+
+
+@pytest.mark.parametrize("way", ["script", "trace"])
+def test_slices_beside_lists_and_constants(way: str, ray_session: None) -> None:
+    """Slices are stored as slices beside lists, convolutions and constants, and lists are each load's own."""
+    source = quietly(lambda: torch.jit.script(SlicesBeside()) if way == "script" else torch.jit.trace(Traced(), X))
+    ref = prepare_model_for_actors(source)
+    assert ref.nbytes <= sum(a.raw().nbytes for a in _graph.take_apart(source).arrays) + 1024
+    loads = [load_model_in_actor(ref, keep_flags=True) for _ in range(4)]
+    for number, loaded in enumerate(loads):
+        assert describe(loaded) == describe(source)
+        assert torch.equal(loaded(X), source(X))
+        if way == "script":
+            assert loaded.held() == source.held()
+            assert loaded.empty == []
+            assert loaded.add(number) == [1, 2, number]
+            assert loaded.add(number) == [1, 2, number, number]
+
+
+def counting() -> torch.jit.ScriptFunction:
+    """Return a function that counts its calls in a constant of its graph."""
+    count = torch.zeros(1)
+
+    def count_up(x: torch.Tensor) -> torch.Tensor:
+        count.add_(1)
+        return x + count
+
+    return torch.jit.trace(count_up, torch.zeros(1), check_trace=False)
+
+
+def calls(way: str) -> torch.jit.ScriptModule:
+    """Return a scripted module that writes to a constant of what it calls."""
+    called = counting()
+    constant = torch.zeros(1)
+    kept = torch.jit.trace(lambda x: constant.expand(x.shape[0]), torch.zeros(1), check_trace=False)
+
+    def forked(x: torch.Tensor) -> torch.Tensor:
+        return called(x)
+
+    class Called(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return called(x)
+
+    class Forked(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            task = torch.jit.fork(forked, x)
+            return torch.jit.wait(task)
+
+    class Returned(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + kept(x).add_(1)
+
+    made = {"called": Called, "forked": Forked, "returned": Returned}.get(way)
+    if made is None:
+        return torch.jit.trace(Called(), torch.zeros(1), check_trace=False)
+    return torch.jit.script(made())
+
+
+@pytest.mark.parametrize("way", ["called", "traced", "forked", "returned"])
+def test_a_written_constant_of_a_called_function_is_each_loads_own(way: str, ray_session: None) -> None:
+    """What a module writes into a constant of a function that it calls reaches no other load."""
+    ref = prepare_model_for_actors(quietly(lambda: calls(way)))
+    zero = torch.zeros(1)
+    loads = [load_model_in_actor(ref) for _ in range(3)]
+    said = [[float(model(zero)) for _ in range(3)] for model in loads]
+    before = said[0][0]  # what tracing has counted
+    assert said == [[before, before + 1, before + 2]] * 3
+    assert float(load_model_in_actor(ref)(zero)) == before
+
+
+def test_constants_of_called_functions_are_shared_and_counted(ray_session: None) -> None:
+    """A large constant of a function that a scripted module calls is in the store, shared, and in the report."""
+    large = torch.randn(100_000)
+    function = quietly(lambda: torch.jit.trace(lambda x: x + large, torch.zeros(1), check_trace=False))
+
+    class Calls(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return function(x)
+
+    source = quietly(lambda: torch.jit.script(Calls()))
+    assert _script.baked_bytes(source) >= large.nbytes
+    ref = prepare_model_for_actors(source)
+    assert large.nbytes <= ref.nbytes < large.nbytes + 50_000
+    loaded = load_model_in_actor(ref)
+    assert torch.equal(loaded(torch.ones(1)), large + 1)
+    assert memory.model_memory(ref).shared >= large.nbytes
+    report = memory.model_memory(loaded)
+    assert report.shared >= large.nbytes
+    assert report.private < 10_000
+
+
+def tied_to_script() -> dict[str, Any]:
+    """Return parameters that are held by an eager module, two scripted ones, a list and an optimizer."""
+    eager = nn.Linear(8, 8)
+    layers = nn.Sequential(eager, nn.Conv1d(2, 2, 1))
+    one, two = torch.jit.script(layers), torch.jit.trace(nn.Sequential(eager, nn.ReLU()), X)
+    parameters = list(one.parameters())
+    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+    return {"one": one, "eager": eager, "two": two, "parameters": parameters, "optimizer": optimizer}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_parameter_tied_to_torchscript_is_one_object(order: int, ray_session: None) -> None:
+    """Gradients of eager and scripted modules with one Parameter add up, and an optimizer trains all of them."""
+    source = quietly(lambda: dict(list(tied_to_script().items())[::order]))
+    ref = prepare_model_for_actors(source)
+    expected = train(source)
+    for flags in (True, False, True, True, False):
+        loaded = load_model_in_actor(ref, keep_flags=flags)
+        weight = loaded["eager"].weight
+        assert type(weight) is nn.Parameter
+        assert weight.requires_grad is flags
+        assert getattr(loaded["one"], "0").weight is weight
+        assert getattr(loaded["two"], "0").weight is weight
+        assert [id(p) for p in loaded["parameters"]] == [id(p) for p in loaded["one"].parameters()]
+        assert loaded["parameters"][0] is weight
+        if flags:
+            assert all(torch.equal(*pair) for pair in zip(train(loaded), expected, strict=True))
+
+
+def train(parts: dict[str, Any]) -> list[torch.Tensor]:
+    """Take two steps through all the modules, and return the parameters."""
+    for _ in range(2):
+        parts["optimizer"].zero_grad()
+        parts["two"](parts["one"](parts["eager"](X))).pow(2).sum().backward()
+        parts["optimizer"].step()
+    return [p.detach().clone() for p in parts["parameters"]]
