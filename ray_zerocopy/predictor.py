@@ -113,11 +113,13 @@ class ZeroCopyPredictor:
     must depend on its rows alone; the outputs then are those of the whole batch, in order."""
     on_error: Literal["raise", "null"] = "raise"
     """With "null", rows on which `preprocess` raises do not end the job: a column `error` says what it raised, and is
-    null for the other rows, of which alone the model and `postprocess` know. Columns that `postprocess` passes on
-    unchanged are kept for all rows, the others are null where a row failed. To find the rows, `preprocess` is run on
-    halves of the batch, and halves of these. `postprocess` has to return a row for each. A batch of which every row
-    fails has the columns of an earlier one; before there is one, it goes on without the outputs' columns, whose types
-    nobody knows yet: where Ray Data joins blocks, they are filled with nulls."""
+    null for the other rows, of which alone the model and `postprocess` know. Columns that `postprocess` passes on as
+    they are, the same Arrow memory, are kept for all rows. The others are null where a row failed; a tensor column,
+    in which Ray Data cannot read nulls, has NaN there, 0 if it is of integers, an empty tensor if shapes vary: ask
+    `error`. To find the rows, `preprocess` is run on halves of the batch, and halves of these. `postprocess` has to
+    return a row for each. A batch of which every row fails has the columns of an earlier one of this actor. Before
+    there is one, nobody knows the outputs' types: it goes on, with a warning, with the kept columns and `error`, or
+    with `error` alone if `postprocess` is written; what selects an output's column fails there."""
 
     model: Any
     """The loaded model."""
@@ -184,7 +186,8 @@ class ZeroCopyPredictor:
         self._stages = Stages()
         self._fitting: int | None = None  # rows for which the device's memory was enough, once it was not
         self._said_split = False
-        self._schema: pa.Schema | None = None
+        self._schema: pa.Schema | None = None  # with on_error="null": of the last output, error column included
+        self._passed: frozenset[str] = frozenset()  # which of its columns were the batch's own memory
         self.totals = Totals(name, self.loaded)
         weakref.finalize(self, _log_totals, self.totals)
         importing = self.loaded.import_seconds
@@ -308,7 +311,7 @@ class ZeroCopyPredictor:
             if any(map(inspect.isgenerator, rows)):
                 return self._from_generators(first, itertools.chain(rows[1:], results))
         self._completed()
-        return first if len(rows) == 1 else joined(rows)
+        return first if len(rows) == 1 else joined(_nulls.completed(rows, self._schema))
 
     def _from_generators(self, result: Any, results: Iterator[Any]) -> Iterator[Any]:
         """Yield the rows of each part's generator; its code runs when Ray Data asks for rows."""
@@ -371,7 +374,7 @@ class ZeroCopyPredictor:
             except torch.cuda.OutOfMemoryError:
                 raise
             except Exception as error:
-                if self.on_error == "raise":
+                if self.on_error == "raise" or not len(batch):
                     raise
                 if not _is_written(type(self), "preprocess"):
                     self.preprocess(batch.slice(0, 0))  # raises if it is the column that is wrong, not a row
@@ -403,7 +406,7 @@ class ZeroCopyPredictor:
                 rows = self.postprocess(self._copies.end(part.values, part.event), part.good)
                 rows = rows if inspect.isgenerator(rows) else to_rows(rows, name)
                 if self.on_error == "null":
-                    rows = _nulls.with_nulls(rows, part.good, part.batch, part.errors, name)
+                    rows, self._passed = _nulls.with_nulls(rows, part.good, part.batch, part.errors, name)
                     self._schema = rows.schema
         if part.errors and not self.totals.failed_rows:
             said = next(iter(part.errors.values()))
@@ -412,12 +415,18 @@ class ZeroCopyPredictor:
         return rows
 
     def _all_null(self, part: _Part) -> pa.Table:
-        schema = self._schema
-        if schema is None:
-            written = _is_written(type(self), "postprocess")
-            kept = part.batch if written else _defaults.kept(part.batch, self.keep_columns, _name(type(self)))
-            schema = kept.schema
-        return _nulls.null_columns(part.batch, part.errors, schema)
+        name = _name(type(self))
+        if self._schema is not None:
+            return _nulls.without_values(part.batch, part.errors, self._schema, self._passed, name)
+        written = _is_written(type(self), "postprocess")
+        kept = part.batch.select([]) if written else _defaults.kept(part.batch, self.keep_columns, name)
+        _nulls.check_no_errors_yet(kept.column_names, name)
+        _log(
+            f"{name}: preprocess failed for all {len(part.batch)} rows before any row went through, so these rows go "
+            f"on with the columns {', '.join(map(repr, [*kept.column_names, _nulls.ERROR_COLUMN]))} alone.",
+            logging.WARNING,
+        )
+        return _nulls.without_values(part.batch, part.errors, kept.schema, kept.column_names, name)
 
     def _make_room(self, size: int) -> None:
         self._fitting = min(self._fitting or size, size // 2)
