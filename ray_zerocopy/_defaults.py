@@ -186,7 +186,13 @@ def compile_model(model: Any, options: bool | Mapping[str, Any], name: str) -> N
             f"{name}.compile is set, and the model is {described(model)}, which torch.compile does not take. "
             f"Leave compile out."
         )
-    model.compile(**(options if isinstance(options, Mapping) else {}))
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model._call_impl(*args, **kwargs)
+
+    # As model.compile(), which hands torch's own function over: torch leaves a frame of torch.nn as it is, and so
+    # compiles nothing of a class whose forward is there too, such as Sequential.
+    model._compiled_call_impl = torch.compile(call, **(options if isinstance(options, Mapping) else {}))
 
 
 # ---------------------------------------------------------------- what an option may be

@@ -23,7 +23,7 @@ from ._copies import Copies
 from ._defaults import Columns
 from ._device import DeviceLike
 from ._metrics import Totals
-from ._overlap import Stages, ranges
+from ._overlap import Stages, entered, noting, ranges
 from ._store import Loaded, ModelRef, format_bytes
 
 if TYPE_CHECKING:
@@ -169,6 +169,7 @@ class ZeroCopyPredictor:
             if given[option] is not _AS_THE_CLASS:
                 setattr(self, option, given[option])
         _check_complete(self, type(self))
+        _defaults.check_options(self, _name(type(self)))
         if model_ref is None:
             model_ref = self.model_ref
         if model_ref is None:
@@ -213,7 +214,8 @@ class ZeroCopyPredictor:
 
         Raises:
             TypeError: `model_ref` is not a `ModelRef`, `preprocess` or `postprocess` is neither written nor
-                replaced by an option, an option is not of its kind, or there is no such option.
+                replaced by an option (a class with a constructor of its own is asked in the worker), an option is
+                not of its kind, or there is no such option.
         """
         if not isinstance(model_ref, ModelRef):
             raise TypeError(
@@ -240,6 +242,7 @@ class ZeroCopyPredictor:
             "model_ref": model_ref,
             **attributes,
             "__init__": __init__,
+            "_bound": True,
             "__module__": cls.__module__,
             # Not the class's own: Ray Data tells the instances on an actor apart by it, and a chain may use one
             # class with two models. The operator shows __name__.
@@ -247,7 +250,12 @@ class ZeroCopyPredictor:
             "__doc__": cls.__doc__,
         }
         made = types.new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(members))
-        _check_complete(made, cls)
+        if all(
+            "__init__" not in c.__dict__ or "_bound" in c.__dict__
+            for c in cls.__mro__[: cls.__mro__.index(ZeroCopyPredictor)]
+        ):
+            _check_complete(made, cls)  # a constructor of the class's own may add what is missing
+        _defaults.check_options(made, _name(cls))
         return made
 
     # ------------------------------------------------------------ for subclasses to write
@@ -305,26 +313,31 @@ class ZeroCopyPredictor:
             columns of different types.
         """
         with self.totals.busy():
-            results = self._results(to_arrow(batch, _name(type(self))))
+            table = to_arrow(batch, _name(type(self)))
+            results = self._results(table)
             first = next(results)
-            rows = [first] if inspect.isgenerator(first) else [first, *results]
-            if any(map(inspect.isgenerator, rows)):
-                return self._from_generators(first, itertools.chain(rows[1:], results))
+            parts = [first] if inspect.isgenerator(first[1]) else [first, *results]
+            if any(inspect.isgenerator(rows) for _, rows in parts):
+                return self._from_generators(itertools.chain(parts, results), len(table))
         self._completed()
-        return first if len(rows) == 1 else joined(_nulls.completed(rows, self._schema))
+        return first[1] if len(parts) == 1 else joined(_nulls.completed([rows for _, rows in parts], self._schema))
 
-    def _from_generators(self, result: Any, results: Iterator[Any]) -> Iterator[Any]:
+    def _from_generators(self, results: Iterator[tuple[range, Any]], end: int) -> Iterator[Any]:
         """Yield the rows of each part's generator; its code runs when Ray Data asks for rows."""
 
         @contextlib.contextmanager
         def step() -> Iterator[None]:
-            with self.totals.busy(), self.totals.stage("postprocess"):
+            noted = noting(part) if len(part) < end else contextlib.nullcontext()
+            with noted, self.totals.busy(), self.totals.stage("postprocess"):
                 yield
 
-        while result is not None:
-            yield from each_to_rows(result, step, _name(type(self))) if inspect.isgenerator(result) else [result]
+        while True:
             with self.totals.busy():
                 result = next(results, None)
+            if result is None:
+                break
+            part, rows = result
+            yield from each_to_rows(rows, step, _name(type(self))) if inspect.isgenerator(rows) else [rows]
         self._completed()
 
     def _completed(self) -> None:
@@ -334,36 +347,46 @@ class ZeroCopyPredictor:
 
     # ------------------------------------------------------------ a batch in parts
 
-    def _results(self, table: pa.Table) -> Iterator[Any]:
-        """Yield what `postprocess` gave for each part of the batch, in order.
+    def _results(self, table: pa.Table) -> Iterator[tuple[range, Any]]:
+        """Yield each part of the batch with what `postprocess` gave for it, in order.
 
-        Where the device's memory is too small for a part, that part and what follows are split into halves.
+        Where the device's memory is too small for a part, that part and what follows are split into halves. The
+        size is remembered for later batches, but not that of a last part shorter than what fitted before it.
         """
-        begin, end, split = 0, len(table), False
+        begin = 0
+        end = limit = len(table)
+        split = False
         while True:
-            size = min(self.micro_batch_size or end, self._fitting or end)
+            usual = min(self.micro_batch_size or end, self._fitting or end)
+            size = min(usual, limit)
             try:
                 if end - begin <= size:
-                    yield self._serially(table, range(begin, end))
+                    part = range(begin, end)
+                    yield part, self._serially(table, part, len(part) < end)
                 else:
                     for part, rows in self._stages.overlap(
                         ranges(begin, end, size), lambda part: self._before(table, part), self._model, self._after
                     ):
-                        yield rows
+                        yield part, rows
                         begin = part.stop
                 break
             except torch.cuda.OutOfMemoryError:
-                size = min(size, end - begin)
-                if size <= 1:
+                tried = min(size, end - begin)
+                if tried <= 1:
                     raise
-            self._make_room(size)
-            split = True
+            limit = tried // 2
+            if tried == usual:
+                self._fitting, split = limit, True
+            self._make_room()
         if split:
             self._say_split(end)
 
-    def _serially(self, table: pa.Table, part: range) -> Any:
-        with torch.inference_mode():
+    def _serially(self, table: pa.Table, part: range, note: bool) -> Any:
+        def run() -> Any:
             return self._after(self._stages.in_model_thread(self._model, self._before(table, part)))
+
+        with noting(part) if note else contextlib.nullcontext():
+            return entered(torch.get_num_threads(), run)
 
     def _before(self, table: pa.Table, rows: range) -> _Part:
         batch = table.slice(rows.start, len(rows))
@@ -428,8 +451,7 @@ class ZeroCopyPredictor:
         )
         return _nulls.without_values(part.batch, part.errors, kept.schema, kept.column_names, name)
 
-    def _make_room(self, size: int) -> None:
-        self._fitting = min(self._fitting or size, size // 2)
+    def _make_room(self) -> None:
         self.totals.count(retries=1)
         gc.collect()
         if self.device.type == "cuda":
@@ -497,7 +519,7 @@ _OPTIONS = (
 
 
 def _check_complete(options: Any, cls: type[ZeroCopyPredictor]) -> None:
-    """Raise TypeError unless `options`, an instance or a class, says all that `cls` needs, each of its kind."""
+    """Raise TypeError unless `options`, an instance or a class, says all that `cls` needs."""
     name = _name(cls)
     for method, signature, option in (
         ("preprocess", "(self, batch)", "input_columns=['x']"),
@@ -508,7 +530,6 @@ def _check_complete(options: Any, cls: type[ZeroCopyPredictor]) -> None:
                 f"{name}.{method} is not written. A subclass of ZeroCopyPredictor defines {method}{signature}, or "
                 f"an option takes its place: {option}."
             )
-    _defaults.check_options(options, name)
 
 
 def _no_model(cls: type[ZeroCopyPredictor]) -> str:

@@ -30,6 +30,7 @@ from predictors import (
 )
 from ray.data import ActorPoolStrategy
 from torch import nn
+from torch._dynamo.utils import counters
 
 from ray_zerocopy import ModelRef, ZeroCopyPredictor, load_model_in_actor, memory, prepare_model_for_actors
 
@@ -260,6 +261,19 @@ def test_unwritten_methods(cls: type[ZeroCopyPredictor], method: str, model_ref:
             make()
 
 
+def test_using_leaves_a_constructor_to_complete_the_class(model_ref: ModelRef) -> None:
+    """A constructor that gives the missing options to `super().__init__` is not refused in the driver."""
+
+    class Completes(ZeroCopyPredictor):
+        def __init__(self, ref: ModelRef | None = None) -> None:
+            super().__init__(ref, input_columns=["x"], output_column="y")
+
+    rows = Completes.using(model_ref)()(pa.table({"x": pa.FixedSizeListArray.from_arrays(pa.array([1.0]), 1)}))
+    assert rows.column_names == ["x", "y"]
+    with pytest.raises(TypeError, match="preprocess is not written"):
+        NoPreprocess.using(model_ref, input_columns=["x"]).using(model_ref, input_columns=None)
+
+
 def test_using_checks_its_arguments(model_ref: ModelRef) -> None:
     """`using` refuses what is no handle and options that the constructor does not have, in the driver."""
     with pytest.raises(TypeError, match=r"AddOne.using needs a ModelRef, not Linear"):
@@ -474,11 +488,13 @@ def test_compile_keeps_the_weights_shared(ray_session: None) -> None:
         prepare_model_for_actors(model), input_columns="x", output_column="y", compile={"dynamic": True}
     )
     before = large_tensors(4 * 64 * 517)
+    torch._dynamo.reset()
+    counters.clear()
     rows = predictor(table)
     with torch.inference_mode():
         expected = model(torch.ones(10, 64))
     torch.testing.assert_close(torch.from_numpy(rows["y"].combine_chunks().to_numpy_ndarray().copy()), expected)
-    assert predictor.model._compiled_call_impl is not None
+    assert counters["stats"] == {"calls_captured": 3, "unique_graphs": 1}
     assert large_tensors(4 * 64 * 517) == before  # the model's, and the source's
     assert memory.model_memory(predictor.model).private == 0
 
