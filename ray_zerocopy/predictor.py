@@ -53,7 +53,8 @@ class ZeroCopyPredictor:
        calls the model; its outputs move to the host; `postprocess` makes of them what Ray Data gets. The model
        is only ever called in one thread, which is none of Ray's. With `micro_batch_size` the batch goes through in
        parts, the three methods at work on three of them at once.
-    4. Once a minute, and when the actor ends, it logs where the time went: `self.totals`, whose numbers
+    4. After the first batch, then less and less often up to once a minute, and when the actor ends, it logs where
+       the time went: `self.totals`, whose numbers
        `ray.util.metrics` gets too, as `ray_zerocopy_*` with the tag `predictor`.
 
     A worker that dies (a segmentation fault, the kernel for want of memory) is started anew by Ray Data, and its
@@ -94,8 +95,9 @@ class ZeroCopyPredictor:
     arguments in order, or a mapping from column to the name of an argument. They are read with `column_to_tensor`,
     without a copy; floating ones are cast to the dtype of the weights."""
     output_column: str | Mapping[Any, str] | None = None
-    """The column that `postprocess` makes of the model's output, a tensor with a row for each of the batch; or a
-    mapping from the key, attribute or position of one of several outputs to its column."""
+    """The column that `postprocess` makes of the model's output, a tensor with a row for each of the batch, or a list
+    with a tensor for each row; a tuple is several outputs. Or a mapping from the key, attribute or position of one of
+    several outputs to its column."""
     keep_columns: bool | str | Sequence[str] = True
     """Which columns of the batch go on beside `output_column`: all, none (`False`), or those named."""
     dtype: torch.dtype | None = None
@@ -110,7 +112,8 @@ class ZeroCopyPredictor:
     micro_batch_size: int | None = None
     """How many rows go through the stages at a time; by default the whole batch. While one part is in the model, the
     next is in `preprocess` and the one before in `postprocess`, each method in one thread. What they do for a part
-    must depend on its rows alone; the outputs then are those of the whole batch, in order."""
+    must depend on its rows alone; the outputs then are those of the whole batch, in order, up to rounding: a matrix
+    product may sum in another order for another number of rows, and is bit for bit the same for the same."""
     on_error: Literal["raise", "null"] = "raise"
     """With "null", rows on which `preprocess` raises do not end the job: a column `error` says what it raised, and is
     null for the other rows, of which alone the model and `postprocess` know. Columns that `postprocess` passes on as
@@ -162,7 +165,8 @@ class ZeroCopyPredictor:
             TypeError: No model was given, it is not a `ModelRef`, `preprocess` or `postprocess` is neither written
                 nor replaced by an option, or an option is not of its kind.
             ModelLostError: The model is no longer in the store.
-            ValueError: The device is unknown, or not this worker's; the weights would have to be cast to `dtype`.
+            ValueError: The device is unknown, or not this worker's; the weights would have to be cast to `dtype`; two
+                outputs have one column, or two columns one argument.
         """
         given = locals()
         for option in _OPTIONS:
@@ -174,7 +178,7 @@ class ZeroCopyPredictor:
             model_ref = self.model_ref
         if model_ref is None:
             raise TypeError(_no_model(type(self)))
-        self.loaded = actor.load(model_ref, device, require_isolation=require_isolation)
+        self.loaded = actor.load_one(model_ref, device, require_isolation=require_isolation)
         self.model = self.loaded.model
         self.device = self.loaded.device
         name = _name(type(self))
@@ -189,14 +193,15 @@ class ZeroCopyPredictor:
         self._said_split = False
         self._schema: pa.Schema | None = None  # with on_error="null": of the last output, error column included
         self._passed: frozenset[str] = frozenset()  # which of its columns were the batch's own memory
-        self.totals = Totals(name, self.loaded)
+        private = self.loaded.private + model_ref.carried_nbytes
+        self.totals = Totals(name, self.loaded, private)
         weakref.finalize(self, _log_totals, self.totals)
         importing = self.loaded.import_seconds
         _log(
             f"{name}: {model_ref.class_name} loaded in {self.loaded.seconds * 1000:.1f} ms "
             f"{f'(and its classes imported in {importing:.1f} s) ' if importing >= 0.1 else ''}on "
             f"{self.device}: {format_bytes(self.loaded.shared)} shared, "
-            f"{format_bytes(self.loaded.private + model_ref.carried_nbytes)} private, "
+            f"{format_bytes(private)} private, "
             f"writes {'isolated' if self.loaded.isolated else 'NOT isolated'} (pid {os.getpid()})"
         )
 
@@ -422,6 +427,9 @@ class ZeroCopyPredictor:
 
     def _after(self, part: _Part) -> Any:
         name = _name(type(self))
+        if part.event is not None:
+            with self.totals.stage("predict"):  # which only began the work on the device
+                part.event.synchronize()
         with self.totals.stage("postprocess"):
             if part.errors and not len(part.good):
                 rows = self._all_null(part)
@@ -556,5 +564,5 @@ def _log(line: str, level: int = logging.INFO) -> None:
 
 
 def _log_totals(totals: Totals) -> None:
-    if totals.batches:
+    if totals.due(last=True):
         _log(str(totals))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,16 @@ from predictors import (
 from ray.data import ActorPoolStrategy
 from torch import nn
 from torch._dynamo.utils import counters
+from transformers.modeling_outputs import BaseModelOutput
 
-from ray_zerocopy import ModelRef, ZeroCopyPredictor, load_model_in_actor, memory, prepare_model_for_actors
+from ray_zerocopy import (
+    ModelRef,
+    ZeroCopyPredictor,
+    load_model_in_actor,
+    memory,
+    prepare_model_for_actors,
+    rewrite_pipeline_for_actors,
+)
 
 
 @pytest.fixture(scope="module")
@@ -357,7 +366,7 @@ def test_keep_columns(keep: Any, names: list[str], two: tuple[Two, ModelRef]) ->
 
 
 def test_outputs_by_position_and_attribute(two: tuple[Two, ModelRef]) -> None:
-    """A tuple's outputs are named by position, an object's by attribute; a list of tensors makes a ragged column."""
+    """Outputs are named by position or attribute, Hugging Face's by either; a list of tensors is a ragged column."""
     _, ref = two
 
     class Returns(ZeroCopyPredictor):
@@ -366,10 +375,85 @@ def test_outputs_by_position_and_attribute(two: tuple[Two, ModelRef]) -> None:
 
         def predict(self, inputs: torch.Tensor) -> Any:
             parts = [torch.arange(int(n)) for n in inputs]
-            return (inputs, parts) if isinstance(self.output_column, dict) and 0 in self.output_column else inputs
+            return self.form(inputs, parts)
+
+        def form(self, inputs: torch.Tensor, parts: Any) -> Any:
+            return inputs, parts
+
+    class Attributes(Returns):
+        def form(self, inputs: torch.Tensor, parts: Any) -> Any:
+            return SimpleNamespace(real=inputs)
+
+    class HuggingFace(Returns):
+        def form(self, inputs: torch.Tensor, parts: Any) -> Any:
+            return BaseModelOutput(last_hidden_state=inputs)
 
     assert Returns(ref, output_column={0: "n", -1: "parts"})(PAIRS).to_pylist()[2] == {"n": 2, "parts": [0, 1]}
-    assert Returns(ref, output_column={"real": "n"})(PAIRS)["n"].to_pylist() == [0, 1, 2, 3, 4]
+    assert Attributes(ref, output_column={"real": "n"})(PAIRS)["n"].to_pylist() == [0, 1, 2, 3, 4]
+    for field in (0, "last_hidden_state"):
+        assert HuggingFace(ref, output_column={field: "n"})(PAIRS)["n"].to_pylist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "option", "error", "words"),
+    [
+        (lambda x: (x, x * 2), "y", TypeError, r"a builtins.tuple.*output_column=\{0: \.\.\., 1: \.\.\.\}"),
+        (lambda x: tuple(x), {0: "n", 1: "y"}, None, ""),
+        (lambda x: x, {"T": "y"}, TypeError, "which has no output 'T'"),
+        (lambda x: x.sum(), "y", ValueError, r"Returns.output_column: .*of shape \(\).*Or write postprocess"),
+        (lambda x: list(x), "y", None, ""),
+        (lambda x: [], "y", ValueError, "Returns.output_column: .*builtins.list.*Or write postprocess"),
+        (lambda x: list(x[:, None]), "y", None, ""),
+    ],
+)
+def test_outputs_that_are_no_column(
+    outputs: Any, option: Any, error: Any, words: str, two: tuple[Two, ModelRef]
+) -> None:
+    """A tuple asks for names also where it has as many items as there are rows; other errors name the option too."""
+
+    class Returns(ZeroCopyPredictor):
+        input_columns = "b"
+
+        def predict(self, inputs: torch.Tensor) -> Any:
+            return outputs(inputs)
+
+    predictor = Returns(two[1], output_column=option)
+    if error is not None:
+        with pytest.raises(error, match=words):
+            predictor(PAIRS.slice(0, 2))
+    elif isinstance(option, str):
+        assert np.ravel(predictor(PAIRS.slice(0, 2))["y"].to_pylist()).tolist() == [0, 1]
+    else:
+        with pytest.raises(ValueError, match=r"shape \(\)"):
+            predictor(PAIRS.slice(0, 2))
+
+
+def test_a_list_of_no_rows(two: tuple[Two, ModelRef]) -> None:
+    """An empty batch's empty list of outputs is an empty column."""
+
+    class Listed(ZeroCopyPredictor):
+        input_columns = "b"
+        output_column = "y"
+
+        def predict(self, inputs: torch.Tensor) -> Any:
+            return list(inputs)
+
+    assert len(Listed(two[1])(PAIRS.slice(0, 0))["y"]) == 0
+
+
+def test_names_given_twice(model_ref: ModelRef) -> None:
+    """Two outputs for one column, or two columns for one argument, are refused at once."""
+    for options in ({"output_column": {0: "y", 1: "y"}}, {"input_columns": {"a": "x", "b": "x"}}):
+        with pytest.raises(ValueError, match=f"ZeroCopyPredictor.{next(iter(options))} names '[xy]' twice"):
+            ZeroCopyPredictor.using(model_ref, **{"input_columns": "x", "output_column": "y"} | options)
+
+
+def test_numpy_integers_and_handles_of_pipelines(model_ref: ModelRef) -> None:
+    """A size may be numpy's integer; a pipeline's handle is refused with the way to load it."""
+    assert AddOne(model_ref, micro_batch_size=np.int64(2))(BATCH)["y"].to_pylist() == [1.0, 2.0, 3.0, 4.0, 5.0]
+    _, refs = rewrite_pipeline_for_actors(SimpleNamespace(a=nn.Linear(3, 2)))
+    with pytest.raises(TypeError, match="load_pipeline_in_actor"):
+        AddOne(refs)
 
 
 @pytest.mark.parametrize(
@@ -788,26 +872,32 @@ def test_totals(model_ref: ModelRef) -> None:
 def test_totals_are_logged(
     model_ref: ModelRef, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The line is logged when the predictor goes, and once a period while it works; not if it did nothing."""
+    """The line is logged after the first batch, once a period, and when the predictor goes; not without news."""
     caplog.set_level("INFO")
 
     def lines() -> int:
         return sum("batches and" in record.message for record in caplog.records)
 
     predictor = AddOne(model_ref)
-    predictor(BATCH)
-    assert lines() == 0
+    for expected in (1, 1):  # after the first batch, and not after each
+        predictor(BATCH)
+        assert lines() == expected
     del predictor
     gc.collect()
-    assert lines() == 1
+    assert lines() == 2
+    assert "10 rows in 2 batches" in caplog.records[-1].message
     monkeypatch.setattr("ray_zerocopy._metrics.SUMMARY_SECONDS", 0.0)
     predictor = AddOne(model_ref)
     predictor(BATCH)
-    assert lines() == 2
+    predictor(BATCH)
+    assert lines() == 4
+    del predictor
+    gc.collect()
+    assert lines() == 4  # nothing new to say
     idle = AddOne(model_ref)
     del idle
     gc.collect()
-    assert lines() == 2
+    assert lines() == 4
 
 
 def test_metrics(model_ref: ModelRef, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -832,7 +922,7 @@ def test_metrics(model_ref: ModelRef, monkeypatch: pytest.MonkeyPatch) -> None:
     values = {name: value for name, value, _ in recorded}
     assert values["zerocopy_load_seconds"] == predictor.loaded.seconds
     assert values["zerocopy_bytes_shared"] == predictor.loaded.shared == 128
-    assert values["zerocopy_bytes_private"] == 0
+    assert values["zerocopy_bytes_private"] == predictor.loaded.private + model_ref.carried_nbytes > 0
     assert values["zerocopy_memory_retries"] == 1
     assert sum(value for name, value, _ in recorded if name == "zerocopy_rows") == 8
     assert sum(value for name, value, _ in recorded if name == "zerocopy_failed_rows") == 2
