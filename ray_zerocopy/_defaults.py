@@ -118,9 +118,8 @@ def _rows(values: Any, rows: int) -> Any:
         raise TypeError("a column is made of a tensor, or of a list with a tensor a row.")
     if not values and not rows:
         return torch.empty(0)
-    return (
-        torch.stack(values) if all(isinstance(v, torch.Tensor) and v.ndim == 0 for v in values) and values else values
-    )
+    numbers_only = all(isinstance(value, torch.Tensor) and value.ndim == 0 for value in values)
+    return torch.stack(values) if values and numbers_only else values
 
 
 def _field(outputs: Any, field: Any, name: str) -> Any:
@@ -198,7 +197,7 @@ def compile_model(model: Any, options: bool | Mapping[str, Any], name: str) -> N
         )
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return model._call_impl(*args, **kwargs)
+        return model._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     # As model.compile(), which hands torch's own function over: torch leaves a frame of torch.nn as it is, and so
     # compiles nothing of a class whose forward is there too, such as Sequential.
