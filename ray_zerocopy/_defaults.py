@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -93,9 +95,9 @@ def append_outputs(
                 f"out with keep_columns=[...]."
             )
         try:
-            array = tensor_to_column(values if isinstance(values, torch.Tensor) else _rows(values))
-        except TypeError as error:
-            raise TypeError(
+            array = tensor_to_column(_rows(values, rows))
+        except (TypeError, ValueError) as error:
+            raise type(error)(
                 f"{name}.output_column: the model's {what}, {described(values)}, make no column '{column}': {error}"
                 f"{_offer(values)} Or write postprocess(self, outputs, batch)."
             ) from None
@@ -109,18 +111,25 @@ def append_outputs(
     return batch
 
 
-def _rows(values: Any) -> list[Any]:
-    if not isinstance(values, (list, tuple)) or hasattr(values, "_fields"):
+def _rows(values: Any, rows: int) -> Any:
+    if isinstance(values, torch.Tensor):
+        return values
+    if not isinstance(values, list):  # a tuple is several outputs, also where they are as many as the rows
         raise TypeError("a column is made of a tensor, or of a list with a tensor a row.")
-    return list(values)
+    if not values and not rows:
+        return torch.empty(0)
+    numbers_only = all(isinstance(value, torch.Tensor) and value.ndim == 0 for value in values)
+    return torch.stack(values) if values and numbers_only else values
 
 
 def _field(outputs: Any, field: Any, name: str) -> Any:
     """Return one of several outputs: by key, by attribute, or by position."""
     if isinstance(outputs, Mapping) and field in outputs:
         return outputs[field]
-    if isinstance(field, str) and not isinstance(outputs, Mapping) and hasattr(outputs, field):
+    if isinstance(field, str) and not isinstance(outputs, (Mapping, torch.Tensor)) and hasattr(outputs, field):
         return getattr(outputs, field)
+    if isinstance(outputs, Mapping) and hasattr(outputs, "to_tuple"):  # a ModelOutput of transformers
+        outputs = outputs.to_tuple()
     if isinstance(field, int) and isinstance(outputs, (list, tuple)) and -len(outputs) <= field < len(outputs):
         return outputs[field]
     raise TypeError(
@@ -186,14 +195,23 @@ def compile_model(model: Any, options: bool | Mapping[str, Any], name: str) -> N
             f"{name}.compile is set, and the model is {described(model)}, which torch.compile does not take. "
             f"Leave compile out."
         )
-    model.compile(**(options if isinstance(options, Mapping) else {}))
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    # As model.compile(), which hands torch's own function over: torch leaves a frame of torch.nn as it is, and so
+    # compiles nothing of a class whose forward is there too, such as Sequential.
+    model._compiled_call_impl = torch.compile(call, **(options if isinstance(options, Mapping) else {}))
 
 
 # ---------------------------------------------------------------- what an option may be
 
 
 def check_options(options: Any, name: str) -> None:
-    """Raise TypeError with the class, the option and what may be given, unless each option is of its kind."""
+    """Raise TypeError with the class, the option and what may be given, unless each option is of its kind.
+
+    Raises ValueError where two columns have one argument, or two outputs one column.
+    """
     inputs, outputs, keep = options.input_columns, options.output_column, options.keep_columns
     if inputs is not None and not _are_names(inputs, sequence=True, of_mapping=list):
         raise TypeError(
@@ -205,6 +223,12 @@ def check_options(options: Any, name: str) -> None:
             f"{name}.output_column is {outputs!r}. Give the name of a column, or a mapping from an output of the "
             f"model to the name of its column."
         )
+    for option, given in (("input_columns", inputs), ("output_column", outputs)):
+        counts = Counter(given.values() if isinstance(given, Mapping) else ())
+        if twice := [repr(value) for value, count in counts.items() if count > 1]:
+            raise ValueError(
+                f"{name}.{option} names {', '.join(twice)} twice: {given!r}. Give each a name of its own."
+            )
     if not isinstance(keep, bool) and keep != () and keep != [] and not _are_names(keep, sequence=True):
         raise TypeError(f"{name}.keep_columns is {keep!r}. Give True, False, or the names of columns.")
     dtype = options.dtype
@@ -213,7 +237,7 @@ def check_options(options: Any, name: str) -> None:
     if not isinstance(options.compile, (bool, Mapping)):
         raise TypeError(f"{name}.compile is {options.compile!r}. Give True, False, or options of torch.compile.")
     size = options.micro_batch_size
-    if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+    if size is not None and (not isinstance(size, numbers.Integral) or isinstance(size, bool) or size < 1):
         raise TypeError(f"{name}.micro_batch_size is {size!r}. Give a number of rows, or None for the whole batch.")
     if options.on_error not in ("raise", "null"):
         raise TypeError(f"{name}.on_error is {options.on_error!r}. Give 'raise' or 'null'.")

@@ -16,6 +16,7 @@ from ._store import Loaded
 __all__ = ["STAGES", "SUMMARY_SECONDS", "Totals"]
 
 SUMMARY_SECONDS = 60.0
+FIRST_PAUSE_SECONDS = 0.5
 STAGES = ("preprocess", "predict", "postprocess")
 BOUNDARIES = [step * 10.0**exponent for exponent in range(-4, 3) for step in (1, 2, 5)]  # 0.1 ms to 500 s
 
@@ -31,19 +32,21 @@ class Totals:
         retries: How often the device's memory was too small for a part of a batch.
     """
 
-    def __init__(self, name: str, loaded: Loaded) -> None:
+    def __init__(self, name: str, loaded: Loaded, private: int) -> None:
         self.name = name
         self.seconds = dict.fromkeys(("waiting", *STAGES), 0.0)
         self.batches = self.rows = self.failed_rows = self.retries = 0
         self._lock = threading.Lock()
         self._active = 0
         self._began = self._idle_since = self._said = time.perf_counter()
+        self._pause = 0.0
+        self._said_batches = 0
         self._metrics = _metrics() if ray.is_initialized() else None
         self._tags = {"predictor": name}
         if self._metrics:
             self._metrics["load_seconds"].observe(loaded.seconds, self._tags)
             self._metrics["bytes_shared"].set(loaded.shared, self._tags)
-            self._metrics["bytes_private"].set(loaded.private, self._tags)
+            self._metrics["bytes_private"].set(private, self._tags)
 
     @contextlib.contextmanager
     def busy(self) -> Iterator[None]:
@@ -79,12 +82,17 @@ class Totals:
                     if self._metrics:
                         self._metrics[what].inc(count, self._tags)
 
-    def due(self) -> bool:
-        """Say, once a minute, that it is time for a line in the log."""
+    def due(self, *, last: bool = False) -> bool:
+        """Say that it is time for a line in the log: after the first batch, less and less often, and at last.
+
+        Not only at last: what an actor says as it ends is lost where the driver ends, or leaves Ray, right after.
+        """
         with self._lock:
             now = time.perf_counter()
-            if due := now - self._said >= SUMMARY_SECONDS:
-                self._said = now
+            said = self.batches == self._said_batches
+            if due := not said and (last or now - self._said >= self._pause):
+                self._said, self._said_batches = now, self.batches
+                self._pause = min(max(FIRST_PAUSE_SECONDS, 2 * self._pause), SUMMARY_SECONDS)
             return due
 
     def _add(self, stage: str, seconds: float) -> None:

@@ -1,17 +1,35 @@
-"""`on_error="null"`: which rows `preprocess` cannot take, and the output with nulls in their place."""
+"""`on_error="null"`: which rows `preprocess` cannot take, and the output with nulls in their place.
+
+Note [No value in a tensor column]
+
+Ray's readers take the storage of a tensor column for dense, rows times items, and look at no nulls; and Arrow's
+`take`, which sorts, shuffles and filters blocks, leaves the items of a null list out. A null in such a column
+therefore moves all rows after it by one, silently. So a row that failed is a tensor there like any other: of NaN for
+floating items, of zeros for others, and an empty one in a column of variable shape. Only the column of errors tells.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import torch
 
 from ._batches import described, is_pandas
 
-__all__ = ["ERROR_COLUMN", "failing_rows", "null_columns", "with_nulls", "without"]
+__all__ = [
+    "ERROR_COLUMN",
+    "check_no_errors_yet",
+    "completed",
+    "failing_rows",
+    "with_nulls",
+    "without",
+    "without_values",
+]
 
 ERROR_COLUMN = "error"
 
@@ -42,13 +60,16 @@ def without(batch: pa.Table, rows: Iterable[int]) -> pa.Table:
     return batch.filter(pa.array(keep))
 
 
-def with_nulls(rows: Any, good: pa.Table, batch: pa.Table, errors: dict[int, str], name: str) -> pa.Table:
+def with_nulls(
+    rows: Any, good: pa.Table, batch: pa.Table, errors: dict[int, str], name: str
+) -> tuple[pa.Table, frozenset[str]]:
     """Return the output for all rows of `batch`, where `rows` is that for the `good` ones, and a column of errors.
 
-    Columns that came through as they were keep their values in all rows; the others are null where a row failed.
+    Columns that are the very memory of the batch keep their values in all rows, and are named in the second result.
+    The others have no value where a row failed: see Note [No value in a tensor column].
     """
     if is_pandas(rows):
-        rows = pa.Table.from_pandas(rows, preserve_index=False)
+        rows = pa.Table.from_pandas(rows, preserve_index=False).replace_schema_metadata(None)
     if not isinstance(rows, pa.Table):
         raise TypeError(
             f"{name}.postprocess returned {described(rows)}, whose rows cannot be told apart, as on_error='null' "
@@ -59,43 +80,112 @@ def with_nulls(rows: Any, good: pa.Table, batch: pa.Table, errors: dict[int, str
             f"{name}.postprocess returned {len(rows)} rows for {len(good)}, so on_error='null' cannot tell where a "
             f"null belongs. Return a row for each, or set on_error='raise'."
         )
-    if ERROR_COLUMN in rows.column_names:
+    check_no_errors_yet(rows.column_names, name)
+    place = np.ones(len(batch), dtype=bool)
+    place[list(errors)] = False
+    passed, fields, columns = set(), [], []
+    for field, column in zip(rows.schema, rows.columns, strict=True):
+        unique = batch.schema.get_field_index(field.name) >= 0
+        if unique and _memory(column) == _memory(good[field.name]):
+            passed.add(field.name)
+            fields.append(field)
+            columns.append(batch[field.name])
+        else:
+            fields.append(field.with_nullable(True))
+            columns.append(_spread(column, place) if errors else column)
+    table = pa.Table.from_arrays(columns, schema=pa.schema(fields, rows.schema.metadata))
+    return _with_errors(table, batch, errors), frozenset(passed)
+
+
+def without_values(
+    batch: pa.Table, errors: dict[int, str], like: pa.Schema, passed: Collection[str], name: str
+) -> pa.Table:
+    """Return the output for a batch of which every row failed, in the columns of an earlier output."""
+    fields = [field for field in like if field.name != ERROR_COLUMN]
+    columns = [
+        batch[field.name]
+        if field.name in passed and field.name in batch.column_names and batch[field.name].type == field.type
+        else _no_values(field.type, len(batch))
+        for field in fields
+    ]
+    table = pa.Table.from_arrays(columns, schema=pa.schema(fields, like.metadata))
+    return _with_errors(table, batch, errors)
+
+
+def completed(tables: list[Any], like: pa.Schema | None) -> list[Any]:
+    """Return the parts of a batch, those that failed before the columns were known with all columns."""
+    if like is None:
+        return tables
+    return [
+        pa.Table.from_arrays(
+            [
+                part[field.name] if field.name in part.column_names else _no_values(field.type, len(part))
+                for field in like
+            ],
+            schema=like,
+        )
+        if set(part.column_names) < set(like.names)
+        else part
+        for part in tables
+    ]
+
+
+def check_no_errors_yet(columns: Iterable[str], name: str) -> None:
+    """Raise ValueError if a column of the user's has the name of the column of errors."""
+    if ERROR_COLUMN in columns:
         raise ValueError(
             f"{name} has a column '{ERROR_COLUMN}' already, which on_error='null' would add. Rename it before."
         )
-    if errors:
-        place = np.ones(len(batch), dtype=bool)
-        place[list(errors)] = False
-        taken = pa.array(np.cumsum(place) - 1, mask=~place)
-        columns = {}
-        for column in rows.column_names:
-            same = column in batch.column_names and _same(rows[column], good[column])
-            columns[column] = batch[column] if same else rows[column].take(taken)
-        rows = pa.table(columns)
-    return _with_errors(rows, batch, errors)
 
 
-def null_columns(batch: pa.Table, errors: dict[int, str], like: pa.Schema) -> pa.Table:
-    """Return the output for a batch of which every row failed, in the columns of an earlier output."""
-    columns = {
-        field.name: batch[field.name]
-        if field.name in batch.column_names and batch[field.name].type == field.type
-        else pa.nulls(len(batch), field.type)
-        for field in like
-        if field.name != ERROR_COLUMN
-    }
-    return _with_errors(pa.table(columns), batch, errors)
-
-
-def _same(one: pa.ChunkedArray, other: pa.ChunkedArray) -> bool:
-    """Say whether columns are equal; one and the same column is, also where it holds NaN."""
-
-    def memory(column: pa.ChunkedArray) -> list[Any]:
-        return [(c.offset, len(c), [b and b.address for b in c.buffers()]) for c in column.chunks]
-
-    return bool(one.type == other.type and (memory(one) == memory(other) or one.equals(other)))
+def _memory(column: pa.ChunkedArray) -> list[Any]:
+    return [column.type, *((c.offset, len(c), [b and b.address for b in c.buffers()]) for c in column.chunks)]
 
 
 def _with_errors(rows: pa.Table, batch: pa.Table, errors: dict[int, str]) -> pa.Table:
     column = pa.array([errors.get(row) for row in range(len(batch))], pa.string())
     return rows.append_column(ERROR_COLUMN, column) if rows.num_columns else pa.table({ERROR_COLUMN: column})
+
+
+# ---------------------------------------------------------------- columns with rows that have no value
+
+
+def _is_tensor(kind: pa.DataType) -> bool:
+    ray_types = ("ray.data.arrow_tensor", "ray.data.arrow_variable_shaped_tensor")
+    return isinstance(kind, pa.FixedShapeTensorType) or (
+        isinstance(kind, pa.BaseExtensionType) and kind.extension_name.startswith(ray_types)
+    )
+
+
+def _spread(column: pa.ChunkedArray, place: npt.NDArray[np.bool_]) -> Any:
+    """Return the column with its rows where `place` is, and no values between them."""
+    kind, taken = column.type, np.cumsum(place) - 1
+    if not _is_tensor(kind):
+        return column.take(pa.array(taken, mask=~place))
+    taken[~place] = len(column)
+    stored = pa.concat_arrays([*(chunk.storage for chunk in column.chunks), _no_values(kind, 1).storage])
+    return pa.ExtensionArray.from_storage(kind, stored.take(pa.array(taken)))
+
+
+def _no_values(kind: pa.DataType, rows: int) -> Any:
+    """Return a column of rows without a value: null, NaN or 0, an empty tensor."""
+    if not _is_tensor(kind):
+        return pa.nulls(rows, kind)
+    stored = kind.storage_type
+    if pa.types.is_struct(stored):
+        return pa.ExtensionArray.from_storage(kind, pa.array([{"data": [], "shape": [0] * kind.ndim}] * rows, stored))
+    size = math.prod(kind.shape)
+    item = kind.value_type
+    if pa.types.is_floating(item):
+        items = pa.array(np.full(rows * size, np.nan, item.to_pandas_dtype()))
+    else:
+        items = pa.Array.from_buffers(
+            item, rows * size, [None, pa.py_buffer(bytes(rows * size * item.bit_width // 8 + 1))]
+        )
+    if pa.types.is_fixed_size_list(stored):
+        array = pa.FixedSizeListArray.from_arrays(items, type=stored)
+    else:
+        large = pa.types.is_large_list(stored)
+        offsets = pa.array(np.arange(rows + 1) * size, pa.int64() if large else pa.int32())
+        array = (pa.LargeListArray if large else pa.ListArray).from_arrays(offsets, items, type=stored)
+    return pa.ExtensionArray.from_storage(kind, array)

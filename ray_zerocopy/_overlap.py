@@ -9,8 +9,9 @@ Note [The threads of a predictor]
 
 Each runs its parts in order, so results come in order. At most `DEPTH` parts are between the first thread and the
 caller, whatever the speeds. The model is only ever called in the one thread, also for batches that are not split.
-A call that fails, or whose results nobody takes any more, starts no further part and waits for what runs. The
-threads end with the predictor; those of a calling thread end with that, too.
+A call that fails starts no further part and waits for what runs. One whose results nobody takes any more starts no
+further part either, and waits for nothing: Python may collect it in one of these very threads. The threads end with
+the predictor; those of a calling thread end with that, too.
 
 torch keeps inference mode and the number of threads for each thread: every stage enters the one, and takes the
 other from the calling thread, so that sums come out bit for bit as they do without overlap.
@@ -18,6 +19,7 @@ other from the calling thread, so that sums come out bit for bit as they do with
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 from collections import deque
@@ -27,7 +29,7 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["DEPTH", "Stages", "add_note", "ranges"]
+__all__ = ["DEPTH", "Stages", "entered", "noting", "ranges"]
 
 DEPTH = 4
 Result = TypeVar("Result")
@@ -42,7 +44,7 @@ class Stages:
 
     def in_model_thread(self, function: Callable[..., Result], *args: Any) -> Result:
         """Run a function in the model's thread, once that is free, and return what it returns."""
-        return self._model.submit(_entered, torch.get_num_threads(), function, *args).result()
+        return self._model.submit(entered, torch.get_num_threads(), function, *args).result()
 
     def overlap(
         self,
@@ -64,7 +66,7 @@ class Stages:
             if any(part.start > start for start in failed):
                 raise CancelledError
             try:
-                return _entered(threads, function, *args)
+                return entered(threads, function, *args)
             except BaseException:
                 failed.append(part.start)
                 raise
@@ -86,9 +88,13 @@ class Stages:
                     yield _result(*pending.popleft())
             while pending:
                 yield _result(*pending.popleft())
-        finally:
+        except GeneratorExit:
+            failed.append(-1)
+            raise
+        except BaseException:
             failed.append(-1)
             wait([future for _, future in pending])
+            raise
 
     def _of_caller(self) -> tuple[ThreadPoolExecutor, ThreadPoolExecutor]:
         try:
@@ -105,19 +111,23 @@ def ranges(begin: int, end: int, size: int) -> Iterator[range]:
         yield range(start, min(start + size, end))
 
 
-def _entered(threads: int, function: Callable[..., Result], *args: Any) -> Result:
+def entered(threads: int, function: Callable[..., Result], *args: Any) -> Result:
+    """Run a stage's function with inference mode and the number of threads.
+
+    A StopIteration becomes a RuntimeError, as Python does where it leaves a generator: parts go through several.
+    """
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     with torch.inference_mode():
-        return function(*args)
+        try:
+            return function(*args)
+        except StopIteration as error:
+            raise RuntimeError("StopIteration was raised by a method, which nothing there iterates over") from error
 
 
 def _result(part: range, future: Future[Result]) -> tuple[range, Result]:
-    try:
+    with noting(part):
         return part, future.result()
-    except Exception as error:
-        add_note(error, f"in rows {part.start} to {part.stop - 1} of the batch")
-        raise
 
 
 # ---------------------------------------------------------------- where an exception came from
@@ -125,6 +135,16 @@ def _result(part: range, future: Future[Result]) -> tuple[range, Result]:
 
 class RowsOfBatch(Exception):
     """Says, as the last cause of another exception, which rows of a batch it came from (Python 3.10)."""
+
+
+@contextlib.contextmanager
+def noting(part: range) -> Iterator[None]:
+    """Add the rows of the part to an exception of the block."""
+    try:
+        yield
+    except Exception as error:
+        add_note(error, f"in rows {part.start} to {part.stop - 1} of the batch")
+        raise
 
 
 def add_note(error: Exception, note: str) -> None:

@@ -99,7 +99,7 @@ def load_model_in_actor(
         >>> load_model_in_actor(model_ref).training
         False
     """
-    model = load(
+    return load_one(
         model_ref,
         device,
         dtype=dtype,
@@ -107,9 +107,6 @@ def load_model_in_actor(
         require_isolation=require_isolation,
         page_lock=page_lock,
     ).model
-    if isinstance(model, _Models):
-        raise TypeError(f"{model_ref!r} is of a pipeline: load it with load_pipeline_in_actor(skeleton, refs).")
-    return model
 
 
 # ---------------------------------------------------------------- pipelines
@@ -303,6 +300,14 @@ def load(
     chosen = resolve(device, _assigned_gpus())
     use(chosen)
     return _store.get(model_ref, _store.How(chosen, dtype, keep_flags, require_isolation, page_lock))
+
+
+def load_one(model_ref: ModelRef, device: DeviceLike, **how: Any) -> Loaded:
+    """Load a model as `load` does; raise TypeError if the handle is of a pipeline."""
+    loaded = load(model_ref, device, **how)
+    if isinstance(loaded.model, _Models):
+        raise TypeError(f"{model_ref!r} is of a pipeline: load it with load_pipeline_in_actor(skeleton, refs).")
+    return loaded
 
 
 def _assigned_gpus() -> list[str] | None:

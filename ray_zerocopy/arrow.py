@@ -411,9 +411,17 @@ def _remedy(kind: Any, name: str, column_kind: Any) -> str:
     if types.is_struct(kind):
         return f"Take one of its fields: pyarrow.compute.struct_field({column}, ...)."
     if "list_view" in str(kind):
-        return f"Cast it to a list: {column}.cast(pa.list_({column}.type.value_type))."
+        # Not by Arrow's cast, which makes broken lists of it (pyarrow 26).
+        return f"Make lists of it: pa.array({column}.to_pylist(), pa.list_({column}.type.value_type))."
+    if types.is_map(kind):
+        return f"Make lists of its values: pa.array([[value for _, value in row] for row in {column}.to_pylist()])."
     if types.is_null(kind):
         return "It holds nothing but nulls: give it a type where it is made."
+    if "binary" in str(kind) and kind == column_kind:
+        return (
+            f"Decode what is encoded; rows of raw numbers, all of one length, are a tensor by "
+            f"torch.stack([torch.frombuffer(bytearray(row), dtype=torch.uint8) for row in {column}.to_pylist()])."
+        )
     if "string" in str(kind) or "binary" in str(kind):
         return f"Make numbers of it first: text, {column}.to_pylist(), goes through a tokenizer."
     if _is_extension(kind, _RAY_PICKLED):

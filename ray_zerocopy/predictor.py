@@ -23,7 +23,7 @@ from ._copies import Copies
 from ._defaults import Columns
 from ._device import DeviceLike
 from ._metrics import Totals
-from ._overlap import Stages, ranges
+from ._overlap import Stages, entered, noting, ranges
 from ._store import Loaded, ModelRef, format_bytes
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ class ZeroCopyPredictor:
        calls the model; its outputs move to the host; `postprocess` makes of them what Ray Data gets. The model
        is only ever called in one thread, which is none of Ray's. With `micro_batch_size` the batch goes through in
        parts, the three methods at work on three of them at once.
-    4. Once a minute, and when the actor ends, it logs where the time went: `self.totals`, whose numbers
+    4. After the first batch, then less and less often up to once a minute, and when the actor ends, it logs where
+       the time went: `self.totals`, whose numbers
        `ray.util.metrics` gets too, as `ray_zerocopy_*` with the tag `predictor`.
 
     A worker that dies (a segmentation fault, the kernel for want of memory) is started anew by Ray Data, and its
@@ -94,8 +95,9 @@ class ZeroCopyPredictor:
     arguments in order, or a mapping from column to the name of an argument. They are read with `column_to_tensor`,
     without a copy; floating ones are cast to the dtype of the weights."""
     output_column: str | Mapping[Any, str] | None = None
-    """The column that `postprocess` makes of the model's output, a tensor with a row for each of the batch; or a
-    mapping from the key, attribute or position of one of several outputs to its column."""
+    """The column that `postprocess` makes of the model's output, a tensor with a row for each of the batch, or a list
+    with a tensor for each row; a tuple is several outputs. Or a mapping from the key, attribute or position of one of
+    several outputs to its column."""
     keep_columns: bool | str | Sequence[str] = True
     """Which columns of the batch go on beside `output_column`: all, none (`False`), or those named."""
     dtype: torch.dtype | None = None
@@ -110,14 +112,17 @@ class ZeroCopyPredictor:
     micro_batch_size: int | None = None
     """How many rows go through the stages at a time; by default the whole batch. While one part is in the model, the
     next is in `preprocess` and the one before in `postprocess`, each method in one thread. What they do for a part
-    must depend on its rows alone; the outputs then are those of the whole batch, in order."""
+    must depend on its rows alone; the outputs then are those of the whole batch, in order, up to rounding: a matrix
+    product may sum in another order for another number of rows, and is bit for bit the same for the same."""
     on_error: Literal["raise", "null"] = "raise"
     """With "null", rows on which `preprocess` raises do not end the job: a column `error` says what it raised, and is
-    null for the other rows, of which alone the model and `postprocess` know. Columns that `postprocess` passes on
-    unchanged are kept for all rows, the others are null where a row failed. To find the rows, `preprocess` is run on
-    halves of the batch, and halves of these. `postprocess` has to return a row for each. A batch of which every row
-    fails has the columns of an earlier one; before there is one, it goes on without the outputs' columns, whose types
-    nobody knows yet: where Ray Data joins blocks, they are filled with nulls."""
+    null for the other rows, of which alone the model and `postprocess` know. Columns that `postprocess` passes on as
+    they are, the same Arrow memory, are kept for all rows. The others are null where a row failed; a tensor column,
+    in which Ray Data cannot read nulls, has NaN there, 0 if it is of integers, an empty tensor if shapes vary: ask
+    `error`. To find the rows, `preprocess` is run on halves of the batch, and halves of these. `postprocess` has to
+    return a row for each. A batch of which every row fails has the columns of an earlier one of this actor. Before
+    there is one, nobody knows the outputs' types: it goes on, with a warning, with the kept columns and `error`, or
+    with `error` alone if `postprocess` is written; what selects an output's column fails there."""
 
     model: Any
     """The loaded model."""
@@ -160,18 +165,20 @@ class ZeroCopyPredictor:
             TypeError: No model was given, it is not a `ModelRef`, `preprocess` or `postprocess` is neither written
                 nor replaced by an option, or an option is not of its kind.
             ModelLostError: The model is no longer in the store.
-            ValueError: The device is unknown, or not this worker's; the weights would have to be cast to `dtype`.
+            ValueError: The device is unknown, or not this worker's; the weights would have to be cast to `dtype`; two
+                outputs have one column, or two columns one argument.
         """
         given = locals()
         for option in _OPTIONS:
             if given[option] is not _AS_THE_CLASS:
                 setattr(self, option, given[option])
         _check_complete(self, type(self))
+        _defaults.check_options(self, _name(type(self)))
         if model_ref is None:
             model_ref = self.model_ref
         if model_ref is None:
             raise TypeError(_no_model(type(self)))
-        self.loaded = actor.load(model_ref, device, require_isolation=require_isolation)
+        self.loaded = actor.load_one(model_ref, device, require_isolation=require_isolation)
         self.model = self.loaded.model
         self.device = self.loaded.device
         name = _name(type(self))
@@ -184,15 +191,17 @@ class ZeroCopyPredictor:
         self._stages = Stages()
         self._fitting: int | None = None  # rows for which the device's memory was enough, once it was not
         self._said_split = False
-        self._schema: pa.Schema | None = None
-        self.totals = Totals(name, self.loaded)
+        self._schema: pa.Schema | None = None  # with on_error="null": of the last output, error column included
+        self._passed: frozenset[str] = frozenset()  # which of its columns were the batch's own memory
+        private = self.loaded.private + model_ref.carried_nbytes
+        self.totals = Totals(name, self.loaded, private)
         weakref.finalize(self, _log_totals, self.totals)
         importing = self.loaded.import_seconds
         _log(
             f"{name}: {model_ref.class_name} loaded in {self.loaded.seconds * 1000:.1f} ms "
             f"{f'(and its classes imported in {importing:.1f} s) ' if importing >= 0.1 else ''}on "
             f"{self.device}: {format_bytes(self.loaded.shared)} shared, "
-            f"{format_bytes(self.loaded.private + model_ref.carried_nbytes)} private, "
+            f"{format_bytes(private)} private, "
             f"writes {'isolated' if self.loaded.isolated else 'NOT isolated'} (pid {os.getpid()})"
         )
 
@@ -210,7 +219,8 @@ class ZeroCopyPredictor:
 
         Raises:
             TypeError: `model_ref` is not a `ModelRef`, `preprocess` or `postprocess` is neither written nor
-                replaced by an option, an option is not of its kind, or there is no such option.
+                replaced by an option (a class with a constructor of its own is asked in the worker), an option is
+                not of its kind, or there is no such option.
         """
         if not isinstance(model_ref, ModelRef):
             raise TypeError(
@@ -237,6 +247,7 @@ class ZeroCopyPredictor:
             "model_ref": model_ref,
             **attributes,
             "__init__": __init__,
+            "_bound": True,
             "__module__": cls.__module__,
             # Not the class's own: Ray Data tells the instances on an actor apart by it, and a chain may use one
             # class with two models. The operator shows __name__.
@@ -244,7 +255,12 @@ class ZeroCopyPredictor:
             "__doc__": cls.__doc__,
         }
         made = types.new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(members))
-        _check_complete(made, cls)
+        if all(
+            "__init__" not in c.__dict__ or "_bound" in c.__dict__
+            for c in cls.__mro__[: cls.__mro__.index(ZeroCopyPredictor)]
+        ):
+            _check_complete(made, cls)  # a constructor of the class's own may add what is missing
+        _defaults.check_options(made, _name(cls))
         return made
 
     # ------------------------------------------------------------ for subclasses to write
@@ -302,26 +318,31 @@ class ZeroCopyPredictor:
             columns of different types.
         """
         with self.totals.busy():
-            results = self._results(to_arrow(batch, _name(type(self))))
+            table = to_arrow(batch, _name(type(self)))
+            results = self._results(table)
             first = next(results)
-            rows = [first] if inspect.isgenerator(first) else [first, *results]
-            if any(map(inspect.isgenerator, rows)):
-                return self._from_generators(first, itertools.chain(rows[1:], results))
+            parts = [first] if inspect.isgenerator(first[1]) else [first, *results]
+            if any(inspect.isgenerator(rows) for _, rows in parts):
+                return self._from_generators(itertools.chain(parts, results), len(table))
         self._completed()
-        return first if len(rows) == 1 else joined(rows)
+        return first[1] if len(parts) == 1 else joined(_nulls.completed([rows for _, rows in parts], self._schema))
 
-    def _from_generators(self, result: Any, results: Iterator[Any]) -> Iterator[Any]:
+    def _from_generators(self, results: Iterator[tuple[range, Any]], end: int) -> Iterator[Any]:
         """Yield the rows of each part's generator; its code runs when Ray Data asks for rows."""
 
         @contextlib.contextmanager
         def step() -> Iterator[None]:
-            with self.totals.busy(), self.totals.stage("postprocess"):
+            noted = noting(part) if len(part) < end else contextlib.nullcontext()
+            with noted, self.totals.busy(), self.totals.stage("postprocess"):
                 yield
 
-        while result is not None:
-            yield from each_to_rows(result, step, _name(type(self))) if inspect.isgenerator(result) else [result]
+        while True:
             with self.totals.busy():
                 result = next(results, None)
+            if result is None:
+                break
+            part, rows = result
+            yield from each_to_rows(rows, step, _name(type(self))) if inspect.isgenerator(rows) else [rows]
         self._completed()
 
     def _completed(self) -> None:
@@ -331,36 +352,46 @@ class ZeroCopyPredictor:
 
     # ------------------------------------------------------------ a batch in parts
 
-    def _results(self, table: pa.Table) -> Iterator[Any]:
-        """Yield what `postprocess` gave for each part of the batch, in order.
+    def _results(self, table: pa.Table) -> Iterator[tuple[range, Any]]:
+        """Yield each part of the batch with what `postprocess` gave for it, in order.
 
-        Where the device's memory is too small for a part, that part and what follows are split into halves.
+        Where the device's memory is too small for a part, that part and what follows are split into halves. The
+        size is remembered for later batches, but not that of a last part shorter than what fitted before it.
         """
-        begin, end, split = 0, len(table), False
+        begin = 0
+        end = limit = len(table)
+        split = False
         while True:
-            size = min(self.micro_batch_size or end, self._fitting or end)
+            usual = min(self.micro_batch_size or end, self._fitting or end)
+            size = min(usual, limit)
             try:
                 if end - begin <= size:
-                    yield self._serially(table, range(begin, end))
+                    part = range(begin, end)
+                    yield part, self._serially(table, part, len(part) < end)
                 else:
                     for part, rows in self._stages.overlap(
                         ranges(begin, end, size), lambda part: self._before(table, part), self._model, self._after
                     ):
-                        yield rows
+                        yield part, rows
                         begin = part.stop
                 break
             except torch.cuda.OutOfMemoryError:
-                size = min(size, end - begin)
-                if size <= 1:
+                tried = min(size, end - begin)
+                if tried <= 1:
                     raise
-            self._make_room(size)
-            split = True
+            limit = tried // 2
+            if tried == usual:
+                self._fitting, split = limit, True
+            self._make_room()
         if split:
             self._say_split(end)
 
-    def _serially(self, table: pa.Table, part: range) -> Any:
-        with torch.inference_mode():
+    def _serially(self, table: pa.Table, part: range, note: bool) -> Any:
+        def run() -> Any:
             return self._after(self._stages.in_model_thread(self._model, self._before(table, part)))
+
+        with noting(part) if note else contextlib.nullcontext():
+            return entered(torch.get_num_threads(), run)
 
     def _before(self, table: pa.Table, rows: range) -> _Part:
         batch = table.slice(rows.start, len(rows))
@@ -371,7 +402,7 @@ class ZeroCopyPredictor:
             except torch.cuda.OutOfMemoryError:
                 raise
             except Exception as error:
-                if self.on_error == "raise":
+                if self.on_error == "raise" or not len(batch):
                     raise
                 if not _is_written(type(self), "preprocess"):
                     self.preprocess(batch.slice(0, 0))  # raises if it is the column that is wrong, not a row
@@ -396,6 +427,9 @@ class ZeroCopyPredictor:
 
     def _after(self, part: _Part) -> Any:
         name = _name(type(self))
+        if part.event is not None:
+            with self.totals.stage("predict"):  # which only began the work on the device
+                part.event.synchronize()
         with self.totals.stage("postprocess"):
             if part.errors and not len(part.good):
                 rows = self._all_null(part)
@@ -403,7 +437,7 @@ class ZeroCopyPredictor:
                 rows = self.postprocess(self._copies.end(part.values, part.event), part.good)
                 rows = rows if inspect.isgenerator(rows) else to_rows(rows, name)
                 if self.on_error == "null":
-                    rows = _nulls.with_nulls(rows, part.good, part.batch, part.errors, name)
+                    rows, self._passed = _nulls.with_nulls(rows, part.good, part.batch, part.errors, name)
                     self._schema = rows.schema
         if part.errors and not self.totals.failed_rows:
             said = next(iter(part.errors.values()))
@@ -412,15 +446,20 @@ class ZeroCopyPredictor:
         return rows
 
     def _all_null(self, part: _Part) -> pa.Table:
-        schema = self._schema
-        if schema is None:
-            written = _is_written(type(self), "postprocess")
-            kept = part.batch if written else _defaults.kept(part.batch, self.keep_columns, _name(type(self)))
-            schema = kept.schema
-        return _nulls.null_columns(part.batch, part.errors, schema)
+        name = _name(type(self))
+        if self._schema is not None:
+            return _nulls.without_values(part.batch, part.errors, self._schema, self._passed, name)
+        written = _is_written(type(self), "postprocess")
+        kept = part.batch.select([]) if written else _defaults.kept(part.batch, self.keep_columns, name)
+        _nulls.check_no_errors_yet(kept.column_names, name)
+        _log(
+            f"{name}: preprocess failed for all {len(part.batch)} rows before any row went through, so these rows go "
+            f"on with the columns {', '.join(map(repr, [*kept.column_names, _nulls.ERROR_COLUMN]))} alone.",
+            logging.WARNING,
+        )
+        return _nulls.without_values(part.batch, part.errors, kept.schema, kept.column_names, name)
 
-    def _make_room(self, size: int) -> None:
-        self._fitting = min(self._fitting or size, size // 2)
+    def _make_room(self) -> None:
         self.totals.count(retries=1)
         gc.collect()
         if self.device.type == "cuda":
@@ -488,7 +527,7 @@ _OPTIONS = (
 
 
 def _check_complete(options: Any, cls: type[ZeroCopyPredictor]) -> None:
-    """Raise TypeError unless `options`, an instance or a class, says all that `cls` needs, each of its kind."""
+    """Raise TypeError unless `options`, an instance or a class, says all that `cls` needs."""
     name = _name(cls)
     for method, signature, option in (
         ("preprocess", "(self, batch)", "input_columns=['x']"),
@@ -499,7 +538,6 @@ def _check_complete(options: Any, cls: type[ZeroCopyPredictor]) -> None:
                 f"{name}.{method} is not written. A subclass of ZeroCopyPredictor defines {method}{signature}, or "
                 f"an option takes its place: {option}."
             )
-    _defaults.check_options(options, name)
 
 
 def _no_model(cls: type[ZeroCopyPredictor]) -> str:
@@ -526,5 +564,5 @@ def _log(line: str, level: int = logging.INFO) -> None:
 
 
 def _log_totals(totals: Totals) -> None:
-    if totals.batches:
+    if totals.due(last=True):
         _log(str(totals))

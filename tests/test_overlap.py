@@ -280,23 +280,55 @@ def test_threads_end() -> None:
 
 
 def test_results_that_nobody_takes() -> None:
-    """A caller that lets the results go gets away when what runs is done, and no further part is begun."""
+    """When the caller lets the results go, no further part is begun, and nothing waits for what runs."""
     begun, ended = [], []
     go_on = threading.Event()
 
     def before(part: range) -> None:
         begun.append(part.start)
         if part.start:
-            go_on.wait(20)
+            assert go_on.wait(20)
         ended.append(part.start)
 
-    results = Stages().overlap(parts(100), before, same, same)
+    stages = Stages()
+    results = stages.overlap(parts(100), before, same, same)
     next(results)
     while len(begun) < 2:
         time.sleep(0.001)
-    threading.Timer(0.05, go_on.set).start()
     results.close()
+    assert ended == [0]
+    go_on.set()
+    assert [result for _, result in stages.overlap(parts(2), start, same, same)] == [0, 2]  # behind what ran
     assert begun == ended == [0, 2]
+
+
+def test_results_collected_in_a_stage() -> None:
+    """Results that Python collects in the very thread that works for them hold nothing up."""
+    stages, collect = Stages(), threading.Event()
+
+    def before(part: range) -> int:
+        if part.start and collect.wait(20):
+            gc.collect()
+        return part.start
+
+    done: list[int] = []
+
+    def call() -> None:
+        kept: list[Any] = [stages.overlap(parts(100), before, same, same)]
+        next(kept[0])
+        kept.append(kept)  # a cycle, which the collection alone ends
+        del kept
+        collect.set()
+        done.extend(number for _, number in stages.overlap(parts(2), start, same, same))
+
+    caller = threading.Thread(target=call, daemon=True)
+    gc.disable()
+    try:
+        caller.start()
+        caller.join(20)
+    finally:
+        gc.enable()
+    assert done == [0, 2]
 
 
 # ---------------------------------------------------------------- a predictor in parts
@@ -418,6 +450,30 @@ def test_an_error_names_the_rows(model_ref: ModelRef) -> None:
     assert predictor(numbers(10)).num_rows == 10
 
 
+@pytest.mark.parametrize("size", [None, 4])
+def test_errors_of_generators_and_stop_iteration(size: int | None, model_ref: ModelRef) -> None:
+    """An error in a generator has its rows too, and a StopIteration ends the batch as a RuntimeError with them."""
+
+    class Yields(AddOne):
+        def postprocess(self, outputs: torch.Tensor, batch: pa.Table) -> Any:
+            for x in batch["x"].to_pylist():
+                if x == 7:
+                    raise KeyError(x)
+                yield {"x": [x]}
+
+    class Stops(AddOne):
+        def preprocess(self, batch: pa.Table) -> torch.Tensor:
+            next(x for x in batch["x"].to_pylist() if x < 7)
+            return super().preprocess(batch)
+
+    for cls, error, rows in ((Yields, KeyError, "4 to 7"), (Stops, RuntimeError, "8 to 11")):
+        with pytest.raises(error) as caught:
+            list(cls(model_ref, micro_batch_size=size)(numbers(12).slice(0 if size else 7)))
+        text = "".join(traceback.format_exception(caught.value))
+        assert (f"in rows {rows} of the batch" in text) is (size is not None)
+        assert error is KeyError or isinstance(caught.value.__cause__, StopIteration)
+
+
 def test_an_error_on_ray_data_has_the_rows(model_ref: ModelRef) -> None:
     """What Ray Data shows of an error is the user's own, where it was raised, and the rows."""
     ds = ray.data.range(40, override_num_blocks=1).rename_columns({"id": "x"})
@@ -504,6 +560,23 @@ def test_out_of_memory_halves(size: int | None, model_ref: ModelRef, caplog: pyt
     predictor.seen = []
     predictor(numbers(40))
     assert max(predictor.seen) == fitting
+
+
+def test_out_of_memory_in_a_short_part(model_ref: ModelRef) -> None:
+    """Memory that is short in a last part of few rows splits that part, and later batches go on as they did."""
+
+    class Briefly(Small):
+        fits = 100
+
+        def predict(self, inputs: torch.Tensor) -> torch.Tensor:
+            self.fits = 2 if len(inputs) == 3 else 100
+            return super().predict(inputs)
+
+    predictor = Briefly(model_ref, micro_batch_size=8)
+    for _ in range(2):
+        predictor.seen = []
+        assert predictor(numbers(19))["y"].to_pylist() == [x + 1.0 for x in range(19)]
+        assert predictor.seen == [8, 8, 3, 1, 1, 1]
 
 
 def test_out_of_memory_in_one_row(model_ref: ModelRef) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,17 @@ from predictors import (
 )
 from ray.data import ActorPoolStrategy
 from torch import nn
+from torch._dynamo.utils import counters
+from transformers.modeling_outputs import BaseModelOutput
 
-from ray_zerocopy import ModelRef, ZeroCopyPredictor, load_model_in_actor, memory, prepare_model_for_actors
+from ray_zerocopy import (
+    ModelRef,
+    ZeroCopyPredictor,
+    load_model_in_actor,
+    memory,
+    prepare_model_for_actors,
+    rewrite_pipeline_for_actors,
+)
 
 
 @pytest.fixture(scope="module")
@@ -260,6 +270,19 @@ def test_unwritten_methods(cls: type[ZeroCopyPredictor], method: str, model_ref:
             make()
 
 
+def test_using_leaves_a_constructor_to_complete_the_class(model_ref: ModelRef) -> None:
+    """A constructor that gives the missing options to `super().__init__` is not refused in the driver."""
+
+    class Completes(ZeroCopyPredictor):
+        def __init__(self, ref: ModelRef | None = None) -> None:
+            super().__init__(ref, input_columns=["x"], output_column="y")
+
+    rows = Completes.using(model_ref)()(pa.table({"x": pa.FixedSizeListArray.from_arrays(pa.array([1.0]), 1)}))
+    assert rows.column_names == ["x", "y"]
+    with pytest.raises(TypeError, match="preprocess is not written"):
+        NoPreprocess.using(model_ref, input_columns=["x"]).using(model_ref, input_columns=None)
+
+
 def test_using_checks_its_arguments(model_ref: ModelRef) -> None:
     """`using` refuses what is no handle and options that the constructor does not have, in the driver."""
     with pytest.raises(TypeError, match=r"AddOne.using needs a ModelRef, not Linear"):
@@ -343,7 +366,7 @@ def test_keep_columns(keep: Any, names: list[str], two: tuple[Two, ModelRef]) ->
 
 
 def test_outputs_by_position_and_attribute(two: tuple[Two, ModelRef]) -> None:
-    """A tuple's outputs are named by position, an object's by attribute; a list of tensors makes a ragged column."""
+    """Outputs are named by position or attribute, Hugging Face's by either; a list of tensors is a ragged column."""
     _, ref = two
 
     class Returns(ZeroCopyPredictor):
@@ -352,10 +375,85 @@ def test_outputs_by_position_and_attribute(two: tuple[Two, ModelRef]) -> None:
 
         def predict(self, inputs: torch.Tensor) -> Any:
             parts = [torch.arange(int(n)) for n in inputs]
-            return (inputs, parts) if isinstance(self.output_column, dict) and 0 in self.output_column else inputs
+            return self.form(inputs, parts)
+
+        def form(self, inputs: torch.Tensor, parts: Any) -> Any:
+            return inputs, parts
+
+    class Attributes(Returns):
+        def form(self, inputs: torch.Tensor, parts: Any) -> Any:
+            return SimpleNamespace(real=inputs)
+
+    class HuggingFace(Returns):
+        def form(self, inputs: torch.Tensor, parts: Any) -> Any:
+            return BaseModelOutput(last_hidden_state=inputs)
 
     assert Returns(ref, output_column={0: "n", -1: "parts"})(PAIRS).to_pylist()[2] == {"n": 2, "parts": [0, 1]}
-    assert Returns(ref, output_column={"real": "n"})(PAIRS)["n"].to_pylist() == [0, 1, 2, 3, 4]
+    assert Attributes(ref, output_column={"real": "n"})(PAIRS)["n"].to_pylist() == [0, 1, 2, 3, 4]
+    for field in (0, "last_hidden_state"):
+        assert HuggingFace(ref, output_column={field: "n"})(PAIRS)["n"].to_pylist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "option", "error", "words"),
+    [
+        (lambda x: (x, x * 2), "y", TypeError, r"a builtins.tuple.*output_column=\{0: \.\.\., 1: \.\.\.\}"),
+        (lambda x: tuple(x), {0: "n", 1: "y"}, None, ""),
+        (lambda x: x, {"T": "y"}, TypeError, "which has no output 'T'"),
+        (lambda x: x.sum(), "y", ValueError, r"Returns.output_column: .*of shape \(\).*Or write postprocess"),
+        (lambda x: list(x), "y", None, ""),
+        (lambda x: [], "y", ValueError, "Returns.output_column: .*builtins.list.*Or write postprocess"),
+        (lambda x: list(x[:, None]), "y", None, ""),
+    ],
+)
+def test_outputs_that_are_no_column(
+    outputs: Any, option: Any, error: Any, words: str, two: tuple[Two, ModelRef]
+) -> None:
+    """A tuple asks for names also where it has as many items as there are rows; other errors name the option too."""
+
+    class Returns(ZeroCopyPredictor):
+        input_columns = "b"
+
+        def predict(self, inputs: torch.Tensor) -> Any:
+            return outputs(inputs)
+
+    predictor = Returns(two[1], output_column=option)
+    if error is not None:
+        with pytest.raises(error, match=words):
+            predictor(PAIRS.slice(0, 2))
+    elif isinstance(option, str):
+        assert np.ravel(predictor(PAIRS.slice(0, 2))["y"].to_pylist()).tolist() == [0, 1]
+    else:
+        with pytest.raises(ValueError, match=r"shape \(\)"):
+            predictor(PAIRS.slice(0, 2))
+
+
+def test_a_list_of_no_rows(two: tuple[Two, ModelRef]) -> None:
+    """An empty batch's empty list of outputs is an empty column."""
+
+    class Listed(ZeroCopyPredictor):
+        input_columns = "b"
+        output_column = "y"
+
+        def predict(self, inputs: torch.Tensor) -> Any:
+            return list(inputs)
+
+    assert len(Listed(two[1])(PAIRS.slice(0, 0))["y"]) == 0
+
+
+def test_names_given_twice(model_ref: ModelRef) -> None:
+    """Two outputs for one column, or two columns for one argument, are refused at once."""
+    for options in ({"output_column": {0: "y", 1: "y"}}, {"input_columns": {"a": "x", "b": "x"}}):
+        with pytest.raises(ValueError, match=f"ZeroCopyPredictor.{next(iter(options))} names '[xy]' twice"):
+            ZeroCopyPredictor.using(model_ref, **{"input_columns": "x", "output_column": "y"} | options)
+
+
+def test_numpy_integers_and_handles_of_pipelines(model_ref: ModelRef) -> None:
+    """A size may be numpy's integer; a pipeline's handle is refused with the way to load it."""
+    assert AddOne(model_ref, micro_batch_size=np.int64(2))(BATCH)["y"].to_pylist() == [1.0, 2.0, 3.0, 4.0, 5.0]
+    _, refs = rewrite_pipeline_for_actors(SimpleNamespace(a=nn.Linear(3, 2)))
+    with pytest.raises(TypeError, match="load_pipeline_in_actor"):
+        AddOne(refs)
 
 
 @pytest.mark.parametrize(
@@ -474,11 +572,13 @@ def test_compile_keeps_the_weights_shared(ray_session: None) -> None:
         prepare_model_for_actors(model), input_columns="x", output_column="y", compile={"dynamic": True}
     )
     before = large_tensors(4 * 64 * 517)
+    torch._dynamo.reset()
+    counters.clear()
     rows = predictor(table)
     with torch.inference_mode():
         expected = model(torch.ones(10, 64))
     torch.testing.assert_close(torch.from_numpy(rows["y"].combine_chunks().to_numpy_ndarray().copy()), expected)
-    assert predictor.model._compiled_call_impl is not None
+    assert counters["stats"] == {"calls_captured": 3, "unique_graphs": 1}
     assert large_tensors(4 * 64 * 517) == before  # the model's, and the source's
     assert memory.model_memory(predictor.model).private == 0
 
@@ -568,13 +668,116 @@ def test_on_error_null_with_the_defaults(ray_session: None) -> None:
     rows = predictor(pa.table({"text": ["1", "b", "3"], "score": [float("nan")] * 3, "other": [1, 2, 3]}))
     assert rows["text"].to_pylist() == ["1", "b", "3"]
     assert rows["score"].null_count == 0  # kept as it was, also where it is NaN
-    assert [None if y is None else y.tolist() for y in rows["y"].to_pylist()] == [[1, 1], None, [3, 3]]
-    joined = ray.data.from_arrow([first, rows]).repartition(1).take_all()  # as Ray Data joins blocks
-    assert [row["y"] is None for row in joined] == [True, True, False, True, False]
+    np.testing.assert_array_equal(np.stack(rows["y"].to_pylist()), [[1, 1], [np.nan] * 2, [3, 3]])
     split = Decodes(ref, micro_batch_size=1)
     table = split(pa.table({"text": ["a", "2"], "score": [1.0, 2.0]}))
     assert table.column_names == ["text", "score", "y", "error"]
-    assert table["y"].null_count == 1
+    np.testing.assert_array_equal(np.stack(table["y"].to_pylist()), [[np.nan] * 2, [2, 2]])
+
+
+class EvenTensors(ZeroCopyPredictor):
+    """Makes tensor columns, of which odd rows fail."""
+
+    on_error = "null"
+    native = False
+
+    def preprocess(self, batch: pa.Table) -> torch.Tensor:
+        x = torch.tensor(batch["id"].to_pylist())
+        if (x % 2 == 1).any():
+            raise ValueError("odd")
+        return x[:, None].float()
+
+    def postprocess(self, outputs: torch.Tensor, batch: pa.Table) -> Any:
+        x = outputs - 1
+        columns = {"float": x.expand(-1, 2), "int": x.long().expand(-1, 2)}
+        if not self.native:  # Arrow's own tensors hold no bools
+            columns["bool"] = x.expand(-1, 2) > 1
+        return {"id": batch["id"], **columns, "varied": [row[None].expand(2, int(row) + 1) for row in x]}
+
+
+NO_VALUE = {"float": [np.nan] * 2, "int": [0, 0], "bool": [False] * 2, "varied": np.zeros((0, 0))}
+
+
+@pytest.mark.parametrize("form", ["V1", "V2", "ARROW_NATIVE"])
+def test_on_error_null_leaves_tensors_in_their_rows(
+    form: str, model_ref: ModelRef, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every reader of Ray Data finds each row's own tensor beside and behind rows that failed, in all types."""
+    context = ray.data.DataContext.get_current()
+    formats = type(context.arrow_fixed_shape_tensor_format)
+    monkeypatch.setattr(context, "arrow_fixed_shape_tensor_format", formats[form])
+    predictor = EvenTensors(model_ref)
+    predictor.native = form == "ARROW_NATIVE"
+    good = predictor(pa.table({"id": [0, 2]}))
+    tables = [predictor(pa.table({"id": ids})) for ids in ([0, 1, 2, 3, 4, 5, 6, 8], [7, 9], [11, 10])]
+    assert all(table.schema == good.schema for table in tables)
+
+    def check(rows: Any) -> None:
+        rows = list(rows)
+        assert len(rows) == 12
+        for row in rows:
+            x = int(row["id"])
+            expected = {"float": [x] * 2, "int": [x] * 2, "bool": [x > 1] * 2, "varied": np.full((2, x + 1), x)}
+            for name in set(expected) & set(good.column_names):
+                value = (NO_VALUE if x % 2 else expected)[name]
+                np.testing.assert_array_equal(np.asarray(row[name]), value)
+
+    def rows_of(batch: Any) -> Any:
+        return (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+
+    ds = ray.data.from_arrow(tables).materialize()
+    check(ds.take_all())
+    check(row for batch in ds.iter_batches(batch_size=5) for row in rows_of(batch))
+    check(row for batch in ds.iter_batches(batch_size=5, batch_format="pandas") for _, row in batch.iterrows())
+    check(ds.to_pandas().to_dict("records"))
+    moved = ds if predictor.native else ds.sort("id", descending=True)  # Ray 2.60 cannot sort beside Arrow's tensors
+    check(moved.map_batches(lambda batch: batch, batch_size=5).take_all())
+
+
+def test_on_error_null_keeps_only_what_was_passed_on(model_ref: ModelRef) -> None:
+    """A column that equals the input's by chance is null where a row failed, and inputs never stand for outputs."""
+
+    class Overwrites(NoMultiplesOfSeven):
+        on_error = "null"
+
+        def postprocess(self, outputs: torch.Tensor, batch: pa.Table) -> Any:
+            return batch.set_column(2, "s", pa.array([0.0] * len(batch)))
+
+    def batch(*x: int) -> pa.Table:
+        fields = [
+            pa.field("x", pa.int64(), False),
+            pa.field("kept", pa.int64(), False, {"a": "b"}),
+            pa.field("s", pa.float64()),
+        ]
+        return pa.table([x, x, [0.0] * len(x)], schema=pa.schema(fields))
+
+    predictor = Overwrites(model_ref)
+    unknown = predictor(batch(7, 14))
+    assert unknown.column_names == ["error"]
+    good, mixed, failed = predictor(batch(1, 2)), predictor(batch(1, 7)), predictor(batch(14, 7))
+    assert mixed.to_pydict() == {"x": [1, 7], "s": [0.0, None], "kept": [1, 7], "error": [None, seven(7)]}
+    assert failed.drop_columns("error").to_pydict() == {"x": [14, 7], "s": [None, None], "kept": [14, 7]}
+    for table in (mixed, failed):
+        assert table.schema.equals(good.schema, check_metadata=True)
+    assert [field.nullable for field in good.schema] == [False, False, True, True]
+
+
+def test_on_error_null_when_all_rows_fail_first(model_ref: ModelRef, caplog: pytest.LogCaptureFixture) -> None:
+    """A first batch that fails wholly warns of the columns it lacks, and an error column of the user's is refused."""
+
+    class Never(ZeroCopyPredictor):
+        on_error = "null"
+        output_column = "y"
+
+        def preprocess(self, batch: pa.Table) -> Any:
+            raise ValueError("never")
+
+    assert Never(model_ref)({"x": np.arange(2)}).column_names == ["x", "error"]
+    assert any("columns 'x', 'error' alone" in r.message and r.levelname == "WARNING" for r in caplog.records)
+    with pytest.raises(ValueError, match="a column 'error' already"):
+        Never(model_ref)({"error": np.arange(2)})
+    with pytest.raises(ValueError, match="never"):
+        Never(model_ref)(pa.table({"x": pa.array([], pa.int64())}))
 
 
 @pytest.mark.parametrize(
@@ -669,26 +872,32 @@ def test_totals(model_ref: ModelRef) -> None:
 def test_totals_are_logged(
     model_ref: ModelRef, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The line is logged when the predictor goes, and once a period while it works; not if it did nothing."""
+    """The line is logged after the first batch, once a period, and when the predictor goes; not without news."""
     caplog.set_level("INFO")
 
     def lines() -> int:
         return sum("batches and" in record.message for record in caplog.records)
 
     predictor = AddOne(model_ref)
-    predictor(BATCH)
-    assert lines() == 0
+    for expected in (1, 1):  # after the first batch, and not after each
+        predictor(BATCH)
+        assert lines() == expected
     del predictor
     gc.collect()
-    assert lines() == 1
+    assert lines() == 2
+    assert "10 rows in 2 batches" in caplog.records[-1].message
     monkeypatch.setattr("ray_zerocopy._metrics.SUMMARY_SECONDS", 0.0)
     predictor = AddOne(model_ref)
     predictor(BATCH)
-    assert lines() == 2
+    predictor(BATCH)
+    assert lines() == 4
+    del predictor
+    gc.collect()
+    assert lines() == 4  # nothing new to say
     idle = AddOne(model_ref)
     del idle
     gc.collect()
-    assert lines() == 2
+    assert lines() == 4
 
 
 def test_metrics(model_ref: ModelRef, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -713,7 +922,7 @@ def test_metrics(model_ref: ModelRef, monkeypatch: pytest.MonkeyPatch) -> None:
     values = {name: value for name, value, _ in recorded}
     assert values["zerocopy_load_seconds"] == predictor.loaded.seconds
     assert values["zerocopy_bytes_shared"] == predictor.loaded.shared == 128
-    assert values["zerocopy_bytes_private"] == 0
+    assert values["zerocopy_bytes_private"] == predictor.loaded.private + model_ref.carried_nbytes > 0
     assert values["zerocopy_memory_retries"] == 1
     assert sum(value for name, value, _ in recorded if name == "zerocopy_rows") == 8
     assert sum(value for name, value, _ in recorded if name == "zerocopy_failed_rows") == 2
