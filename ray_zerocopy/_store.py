@@ -328,8 +328,9 @@ def check(model_ref: object) -> None:
     check_session(model_ref)
 
 
-def _fetch(model_ref: ModelRef) -> list[dict[str, Any]]:
-    check(model_ref)
+def _fetch(model_ref: ModelRef, checked: bool = False) -> list[dict[str, Any]]:
+    if not checked:
+        check(model_ref)
     try:
         return ray.get(list(model_ref.refs))  # type: ignore[no-any-return]
     except (ray.exceptions.ObjectLostError, ray.exceptions.ReferenceCountingAssertionError) as error:

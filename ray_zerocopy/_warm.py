@@ -153,7 +153,7 @@ class WarmModels:
 
     def lend(self, model_ref: ModelRef) -> Lent:
         """Return a model on the host that no other call has or had; raises as `load_model_in_actor`."""
-        bodies = _store._fetch(model_ref)
+        bodies = _store._fetch(model_ref, checked=True)  # by the caller, where the call was made
         objects = [body["buffers"] for body in bodies if body["buffers"]]
         place = _place(objects)
         key = tuple(ref.binary() for ref in model_ref.refs)
