@@ -187,21 +187,26 @@ def locate(address: int) -> Location | None:
 
 
 def written_bytes(address: int, nbytes: int) -> int:
-    """Return how many of the bytes lie in pages that this process has copied for itself by writing to them.
-
-    Reads `/proc/self/pagemap` (kernel: admin-guide/mm/pagemap): bit 63 present, 62 swapped, 61 file or shared.
-    """
+    """Return how many of the bytes lie in pages that this process has copied for itself by writing to them."""
     if nbytes <= 0:
         return 0
     first, last = address // PAGE, (address + nbytes - 1) // PAGE
-    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
-        entries = np.frombuffer(os.pread(pagemap.fileno(), (last - first + 1) * 8, first * 8), dtype=np.uint64)
-    here = (entries >> np.uint64(62)) != 0
-    own = here & ((entries >> np.uint64(61)) & np.uint64(1) == 0)
-    pages = np.flatnonzero(own).astype(np.int64) + first
+    pages = np.flatnonzero(_are_own(first, last + 1)).astype(np.int64) + first
     begins = np.maximum(pages * PAGE, address)
     ends = np.minimum((pages + 1) * PAGE, address + nbytes)
     return int((ends - begins).sum())
+
+
+def _are_own(first: int, last: int) -> np.ndarray[Any, Any]:
+    """Tell for each of the pages `[first, last)` whether this process has copied it for itself.
+
+    Reads `/proc/self/pagemap` (kernel: admin-guide/mm/pagemap): bit 63 present, 62 swapped, 61 file or shared.
+    """
+    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+        entries = np.frombuffer(os.pread(pagemap.fileno(), (last - first) * 8, first * 8), dtype=np.uint64)
+    here = (entries >> np.uint64(62)) != 0
+    own: np.ndarray[Any, Any] = here & ((entries >> np.uint64(61)) & np.uint64(1) == 0)
+    return own
 
 
 # ---------------------------------------------------------------- the view
@@ -304,12 +309,9 @@ def _written_ranges(begin: int, end: int) -> list[tuple[int, int]]:
     step = 1 << 30
     for first in range(begin, end, step):
         last = min(first + step, end)
-        with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
-            data = os.pread(pagemap.fileno(), (last - first) // PAGE * 8, first // PAGE * 8)
-        entries = np.frombuffer(data, dtype=np.uint64)
-        if len(entries) != (last - first) // PAGE:
+        own = _are_own(first // PAGE, last // PAGE)
+        if len(own) != (last - first) // PAGE:
             raise OSError("pagemap is cut short")
-        own = ((entries >> np.uint64(62)) != 0) & ((entries >> np.uint64(61)) & np.uint64(1) == 0)
         ranges += [(first + page * PAGE, first + (page + 1) * PAGE) for page in np.flatnonzero(own).tolist()]
     return ranges
 

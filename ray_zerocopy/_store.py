@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from ray.actor import ActorHandle
 from . import _device, _graph, _layout, _mapping
 from .errors import ModelLostError, ZeroCopyError, ZeroCopyWarning
 
-__all__ = ["Loaded", "ModelRef", "format_bytes", "get", "put"]
+__all__ = ["Loaded", "ModelRef", "build", "check", "fetch", "format_bytes", "get", "put"]
 
 # Bytes of buffers in one object of the store. Another node fetches an object from a node that has all of it,
 # so a large model in several objects spreads over the nodes while it is still arriving.
@@ -158,7 +158,7 @@ def _warn_if_on_disk(name: str, refs: list[ray.ObjectRef]) -> None:
         return
     memory = os.stat("/dev/shm").st_dev
     for body in ray.get(refs):
-        region = _mapping.region_at(_span(body["buffers"][:1])[0]) if body["buffers"] else None
+        region = _mapping.region_at(span(body["buffers"][:1])[0]) if body["buffers"] else None
         if region is not None and region.shared and region.device != memory:
             warnings.warn(
                 f"{name} was put into a file on disk ({format_bytes(region.end - region.start)}), because this "
@@ -211,8 +211,9 @@ class How(NamedTuple):
 def get(model_ref: ModelRef, how: How) -> Loaded:
     """Rebuild the model behind `model_ref`; see `actor.load_model_in_actor`."""
     begin = time.perf_counter()
-    bodies = _fetch(model_ref)
-    with _quietly():
+    check(model_ref)
+    bodies = fetch(model_ref)
+    with quietly():
         model, importing, memory = _rebuild(model_ref, bodies, how)
     seconds = time.perf_counter() - begin - importing
     return Loaded(model, how.device, seconds, importing, memory.shared, memory.copied, memory.isolated)
@@ -229,7 +230,7 @@ def _rebuild(model_ref: ModelRef, bodies: list[dict[str, Any]], how: How) -> tup
         )
     on_host = how.device.type == "cpu"
     with contextlib.ExitStack() as stack:
-        memory = _host_memory(objects if on_host or layout.arrays else [], how.require_isolation)
+        memory = host_memory(objects if on_host or layout.arrays else [], how.require_isolation)
         storages = arrived = None
         if how.device.type == "cuda":
             placement = _layout.arrange(layout, changed, how.dtype)
@@ -268,7 +269,7 @@ def _uploading(
         sources: list[_device.Source] = []
         ranges: list[tuple[int, int]] = []
         for stored in filter(None, objects):
-            begin, nbytes, offsets = _span(stored)
+            begin, nbytes, offsets = span(stored)
             memory = _mapping.shared_view(begin, nbytes, stored)
             ranges.append((begin, begin + nbytes))
             try:
@@ -300,9 +301,10 @@ def _page_lock(
 def located(model_ref: ModelRef) -> list[tuple[_mapping.Location, int]]:
     """Return where the buffers of each of a model's objects lie on this node, and how many bytes they span."""
     found = []
-    for body in _fetch(model_ref):
+    check(model_ref)
+    for body in fetch(model_ref):
         if body["buffers"]:
-            begin, nbytes, _ = _span(body["buffers"])
+            begin, nbytes, _ = span(body["buffers"])
             place = _mapping.locate(begin)  # now: Ray may unmap an object that nobody holds
             if place is not None:
                 found.append((place, nbytes))
@@ -328,9 +330,8 @@ def check(model_ref: object) -> None:
     check_session(model_ref)
 
 
-def _fetch(model_ref: ModelRef, checked: bool = False) -> list[dict[str, Any]]:
-    if not checked:
-        check(model_ref)
+def fetch(model_ref: ModelRef) -> list[dict[str, Any]]:
+    """Return the objects behind a handle that has been checked; they are pinned while what is returned lives."""
     try:
         return ray.get(list(model_ref.refs))  # type: ignore[no-any-return]
     except (ray.exceptions.ObjectLostError, ray.exceptions.ReferenceCountingAssertionError) as error:
@@ -349,7 +350,7 @@ class _Memory(NamedTuple):
     isolated: bool
 
 
-def _host_memory(objects: list[list[Any]], require_isolation: bool) -> _Memory:
+def host_memory(objects: list[list[Any]], require_isolation: bool) -> _Memory:
     """Return private views of the buffers of each object, or the nearest to it that the platform has."""
     buffers: list[tuple[Any, int]] = []
     shared = copied = 0
@@ -357,7 +358,7 @@ def _host_memory(objects: list[list[Any]], require_isolation: bool) -> _Memory:
     for stored in objects:
         if not stored:
             continue
-        begin, nbytes, offsets = _span(stored)
+        begin, nbytes, offsets = span(stored)
         region = _mapping.region_at(begin)
         if region is not None and not region.shared:
             # copy: Ray gave memory of this process alone (Ray Client, local mode), read-only
@@ -378,12 +379,12 @@ def _host_memory(objects: list[list[Any]], require_isolation: bool) -> _Memory:
 def _shared(stored: list[Any]) -> list[tuple[Any, int]]:
     if not stored:
         return []
-    begin, nbytes, offsets = _span(stored)
+    begin, nbytes, offsets = span(stored)
     memory = _mapping.shared_view(begin, nbytes, stored)
     return [(memory, offset) for offset in offsets]
 
 
-def _span(buffers: list[Any]) -> tuple[int, int, list[int]]:
+def span(buffers: Sequence[Any]) -> tuple[int, int, list[int]]:
     """Return the address and length of the bytes from the first buffer to the last, and where each begins."""
     views = [np.frombuffer(buffer, dtype=np.uint8) for buffer in buffers]
     addresses: list[int] = [view.__array_interface__["data"][0] for view in views]
@@ -411,8 +412,22 @@ def _isolation_lost(reason: str, required: bool) -> None:
         )
 
 
+def build(
+    layout: _layout.Layout,
+    skeleton: bytes,
+    buffers: list[tuple[Any, int]],
+    carried: Sequence[object],
+    arrived: Callable[[], None] | None = None,
+) -> Any:
+    """Put an object together over host buffers that are its own; see `_graph.put_together`."""
+    with quietly():
+        tensors = _layout.unpack(layout, buffers)
+        arrays = _layout.unpack_arrays(layout, buffers)
+        return _graph.put_together(skeleton, tensors, arrays, carried, arrived=arrived)[0]
+
+
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Build under plain torch state: tensors made in inference mode would refuse what users do with them later.
 
     Garbage collection waits: a load makes thousands of small objects and no garbage.

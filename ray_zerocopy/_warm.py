@@ -35,12 +35,10 @@ import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from . import _graph, _layout, _mapping, _store
+from . import _layout, _mapping, _store
 from ._store import ModelRef
 
 __all__ = ["KEEP_MODELS", "KEEP_SECONDS", "Lent", "WarmModels"]
@@ -107,26 +105,13 @@ class _Entry:
         """Build in the calling thread, and learn whether the other may do it the next time."""
         layout, skeleton, _, constructs = pickle.loads(body["header"])
         foreign: list[None] = []
-        _build(view, layout, skeleton, body["carried"], lambda: foreign.append(None))
+        view.model = _store.build(layout, skeleton, view.buffers, body["carried"], lambda: foreign.append(None))
+        view.built = True
         # Called once at the end; before that too, if what was looked up is not known to run no code.
         plain = not constructs and len(foreign) == 1
         # What was carried (ObjectRefs, actor handles) must not be held between calls.
         if plain and not body["carried"] and len(skeleton) <= _SKELETON_BYTES:
             self.plan = layout, skeleton
-
-
-def _build(
-    view: _View,
-    layout: _layout.Layout,
-    skeleton: bytes,
-    carried: Sequence[object] = (),
-    arrived: Callable[[], None] | None = None,
-) -> None:
-    with _store._quietly():
-        tensors = _layout.unpack(layout, view.buffers)
-        arrays = _layout.unpack_arrays(layout, view.buffers)
-        view.model, _ = _graph.put_together(skeleton, tensors, arrays, carried, arrived=arrived)
-    view.built = True
 
 
 class Lent:
@@ -152,8 +137,11 @@ class WarmModels:
         self._thread: threading.Thread | None = None
 
     def lend(self, model_ref: ModelRef) -> Lent:
-        """Return a model on the host that no other call has or had; raises as `load_model_in_actor`."""
-        bodies = _store._fetch(model_ref, checked=True)  # by the caller, where the call was made
+        """Return a model on the host that no other call has or had.
+
+        The handle was checked where the call was made. Raises ModelLostError for a model that is gone since.
+        """
+        bodies = _store.fetch(model_ref)
         objects = [body["buffers"] for body in bodies if body["buffers"]]
         place = _place(objects)
         key = tuple(ref.binary() for ref in model_ref.refs)
@@ -220,7 +208,7 @@ class WarmModels:
 
     @staticmethod
     def _fresh(objects: list[Any]) -> tuple[_View, bool]:
-        memory = _store._host_memory(objects, False)
+        memory = _store.host_memory(objects, False)
         if memory.copied or not memory.isolated:
             view = _View([])
             view.buffers = memory.buffers
@@ -297,7 +285,8 @@ class WarmModels:
     def _make_ready(self, entry: _Entry, view: _View) -> list[Any]:
         """Build over a clean view if that may be done here, unpin and offer it; return what pinned it."""
         if entry.plan is not None:
-            _build(view, *entry.plan)
+            view.model = _store.build(*entry.plan, view.buffers, ())
+            view.built = True
         with self._changed:
             objects = view.unpin()
             if self._entries.get(entry.key) is entry and len(entry.ready) < _VIEWS:
@@ -329,11 +318,5 @@ def _in_memory(place: object) -> bool:
 
 def _place(objects: Sequence[Sequence[Any]]) -> object:
     """Return where each object lies: its first buffer tells, the rest of an object follows from its id."""
-    places = []
-    for buffers in objects:
-        address = np.frombuffer(buffers[0], dtype=np.uint8).__array_interface__["data"][0]
-        region = _mapping.region_at(address)
-        if region is None:
-            return object()  # equal to no other
-        places.append((region.device, region.inode, region.offset + address - region.start))
-    return tuple(places)
+    places = tuple(_mapping.locate(_store.span(buffers[:1])[0]) for buffers in objects)
+    return object() if None in places else places  # an object equals no other

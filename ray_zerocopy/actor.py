@@ -243,7 +243,7 @@ def load_pipeline_in_actor(
     if not isinstance(loaded.model, _Models) or loaded.model.token != skeleton._token:
         raise TypeError(f"{refs!r} is not the handle that came with {skeleton!r}: both come from one call.")
     _, models, tensors, arrays = loaded.model
-    with _store._quietly():
+    with _store.quietly():
         if skeleton._rest:
             layout, blocks = skeleton._rest
             buffers = [(bytearray(block), 0) for block in blocks]  # copy: model_attr_names asked for it

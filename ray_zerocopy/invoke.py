@@ -240,17 +240,13 @@ def _rebuild_small(stream: bytes) -> Any:
 
 
 def _rebuild_result(skeleton: bytes, layout: _layout.Layout, stored: list[Any], carried: list[Any]) -> Any:
-    with _store._quietly():
-        buffers = _own_memory(stored)
-        tensors = _layout.unpack(layout, buffers)
-        arrays = _layout.unpack_arrays(layout, buffers)
-        return _graph.put_together(skeleton, tensors, arrays, carried)[0]
+    return _store.build(layout, skeleton, _own_memory(stored), carried)
 
 
 def _own_memory(stored: list[Any]) -> list[tuple[Any, int]]:
     """Return writable memory for the buffers: a private view of those in the store, a copy of small ones."""
     if sum(memoryview(buffer).nbytes for buffer in stored) >= SMALL_RESULT:
-        begin, nbytes, offsets = _store._span(stored)
+        begin, nbytes, offsets = _store.span(stored)
         region = _mapping.region_at(begin)
         if region is not None and region.shared:
             try:
@@ -481,14 +477,15 @@ def rewrite_pipeline(
         )
     _with_options(ray_remote_options)
     # A bound method of a model, kept by the pipeline, would take the stand-in for the model.
-    bound = [part for _, part in _graph.walk(pipeline, stop_at=actor.MODEL_TYPES) if _is_bound(part)]
+    held = [part for _, part in _graph.walk(pipeline, stop_at=actor.MODEL_TYPES)]
+    bound = [part for part in held if _is_bound(part)]
     parts = _graph.take_apart(pipeline, leave_out=actor.MODEL_TYPES, objects=bound, in_process=True)
     models = [model for _, model in found]
     models += [part for part in parts.carried if isinstance(part, actor.MODEL_TYPES)]  # of functions: globals too
     models = list({id(model): model for model in models}.values())
     methods = _methods(models, [method_names] if isinstance(method_names, str) else list(method_names))
     used = {(id(part.__self__), part.__name__): None for part in bound}
-    script_methods = {part.name for _, part in _graph.walk(pipeline) if isinstance(part, torch.ScriptMethod)}
+    script_methods = dict.fromkeys(part.name for part in held if isinstance(part, torch.ScriptMethod))
     paths = {id(model): path for path, model in found}
     standins: dict[int, RemoteModel] = {}
     for tied in _tied(models):

@@ -15,6 +15,14 @@ import torch
 from ray_zerocopy import ModelRef, ZeroCopyPredictor
 
 
+def adds_one() -> torch.nn.Module:
+    """Return a model that adds one."""
+    model = torch.nn.Linear(1, 1)
+    torch.nn.init.ones_(model.weight)
+    torch.nn.init.ones_(model.bias)
+    return model
+
+
 class AddOne(ZeroCopyPredictor):
     """Runs the model on column `x` and appends the result as `y`."""
 

@@ -135,6 +135,18 @@ def test_a_slot_filled_too_early_would_show() -> None:
         assert_equal(there, source)
 
 
+def upload_at_once(count: int, *way: Any) -> list[list[torch.Tensor]]:
+    """Upload in as many threads at the same time, and return what each found there."""
+    found: list[list[torch.Tensor]] = []
+    loads = [threading.Thread(target=lambda: found.append(upload(*way))) for _ in range(count)]
+    for load in loads:
+        load.start()
+    for load in loads:
+        load.join()
+    assert len(found) == count
+    return found
+
+
 def test_slots_are_kept_and_bounded() -> None:
     """A second load page-locks nothing more, and two at once have no more slots between them than one may have."""
     source = tensors()
@@ -145,14 +157,7 @@ def test_slots_are_kept_and_bounded() -> None:
     upload(packed, sources, ring)
     upload(packed, sources, ring)
     assert engine.page_locked_bytes <= 4 * SLOT
-    found: list[list[torch.Tensor]] = []
-    loads = [threading.Thread(target=lambda: found.append(upload(packed, sources, ring))) for _ in range(3)]
-    for load in loads:
-        load.start()
-    for load in loads:
-        load.join()
-    assert len(found) == 3
-    for there in found:
+    for there in upload_at_once(3, packed, sources, ring):
         assert_equal(there, source)
     assert engine.page_locked_bytes <= 4 * SLOT
 
@@ -583,15 +588,8 @@ class TestOnAGpu:
         source = [torch.randn(4_000_000), *tensors()]
         packed = _layout.pack(source)
         sources = stored(packed)
-        found: list[list[torch.Tensor]] = []
         ring = _device.ring_of(cuda)
-        loads = [threading.Thread(target=lambda: found.append(upload(packed, sources, ring))) for _ in range(4)]
-        for load in loads:
-            load.start()
-        for load in loads:
-            load.join()
-        assert len(found) == 4
-        for there in found:
+        for there in upload_at_once(4, packed, sources, ring):
             assert_equal(there, source)
         assert ring.made <= ring.depth
 

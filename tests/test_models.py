@@ -16,7 +16,7 @@ from describe import describe, storage_bytes
 from models import BAKED, CALLABLE, CASES, NAMES, PACKED, SCRIPTED, call
 
 from ray_zerocopy import _graph, _layout, load_model_in_actor, memory, prepare_model_for_actors
-from ray_zerocopy._store import _fetch
+from ray_zerocopy._store import fetch
 
 SHARED: dict[str, tuple[Any, Any]] = {}
 
@@ -95,7 +95,7 @@ def test_computes_the_same(name: str, mode: str, shared: tuple[Any, Any]) -> Non
 def test_stores_each_storage_once(name: str, shared: tuple[Any, Any]) -> None:
     """The store has the bytes of the distinct storages, and at most the alignment of small ones beside them."""
     source, ref = shared
-    bodies = _fetch(ref)
+    bodies = fetch(ref)
     stored = sum(memoryview(buffer).nbytes for body in bodies for buffer in body["buffers"])
     assert stored == ref.nbytes
     parts = _graph.take_apart(source)

@@ -337,10 +337,7 @@ def test_results_collected_in_a_stage() -> None:
 @pytest.fixture(scope="module")
 def model_ref(ray_session: None) -> ModelRef:
     """Share a model that adds one."""
-    model = nn.Linear(1, 1)
-    nn.init.ones_(model.weight)
-    nn.init.ones_(model.bias)
-    return prepare_model_for_actors(model)
+    return prepare_model_for_actors(predictors.adds_one())
 
 
 def numbers(count: int = 23) -> pa.Table:

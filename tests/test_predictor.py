@@ -47,10 +47,7 @@ from ray_zerocopy import (
 @pytest.fixture(scope="module")
 def model_ref(ray_session: None) -> ModelRef:
     """Share a model that adds one."""
-    model = nn.Linear(1, 1)
-    nn.init.ones_(model.weight)
-    nn.init.ones_(model.bias)
-    return prepare_model_for_actors(model)
+    return prepare_model_for_actors(predictors.adds_one())
 
 
 def column(ds: Any, name: str) -> list[Any]:
