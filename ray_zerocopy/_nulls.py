@@ -97,9 +97,7 @@ def with_nulls(
     return _with_errors(table, batch, errors), frozenset(passed)
 
 
-def without_values(
-    batch: pa.Table, errors: dict[int, str], like: pa.Schema, passed: Collection[str], name: str
-) -> pa.Table:
+def without_values(batch: pa.Table, errors: dict[int, str], like: pa.Schema, passed: Collection[str]) -> pa.Table:
     """Return the output for a batch of which every row failed, in the columns of an earlier output."""
     fields = [field for field in like if field.name != ERROR_COLUMN]
     columns = [

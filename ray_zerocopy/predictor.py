@@ -408,14 +408,14 @@ class ZeroCopyPredictor:
                     self.preprocess(batch.slice(0, 0))  # raises if it is the column that is wrong, not a row
                 part.errors = _nulls.failing_rows(self.preprocess, batch, error)
                 part.good = _nulls.without(batch, part.errors)
-                if not len(part.good):
+                if part.all_failed:
                     return part
                 inputs = self.preprocess(part.good)
             part.values, part.event = self._copies.begin(inputs)
         return part
 
     def _model(self, part: _Part) -> _Part:
-        if part.errors and not len(part.good):
+        if part.all_failed:
             return part
         with self.totals.stage("predict"):
             inputs = self._copies.arrive(part.values, part.event)
@@ -431,7 +431,7 @@ class ZeroCopyPredictor:
             with self.totals.stage("predict"):  # which only began the work on the device
                 part.event.synchronize()
         with self.totals.stage("postprocess"):
-            if part.errors and not len(part.good):
+            if part.all_failed:
                 rows = self._all_null(part)
             else:
                 rows = self.postprocess(self._copies.end(part.values, part.event), part.good)
@@ -448,7 +448,7 @@ class ZeroCopyPredictor:
     def _all_null(self, part: _Part) -> pa.Table:
         name = _name(type(self))
         if self._schema is not None:
-            return _nulls.without_values(part.batch, part.errors, self._schema, self._passed, name)
+            return _nulls.without_values(part.batch, part.errors, self._schema, self._passed)
         written = _is_written(type(self), "postprocess")
         kept = part.batch.select([]) if written else _defaults.kept(part.batch, self.keep_columns, name)
         _nulls.check_no_errors_yet(kept.column_names, name)
@@ -457,7 +457,7 @@ class ZeroCopyPredictor:
             f"on with the columns {', '.join(map(repr, [*kept.column_names, _nulls.ERROR_COLUMN]))} alone.",
             logging.WARNING,
         )
-        return _nulls.without_values(part.batch, part.errors, kept.schema, kept.column_names, name)
+        return _nulls.without_values(part.batch, part.errors, kept.schema, kept.column_names)
 
     def _make_room(self) -> None:
         self.totals.count(retries=1)
@@ -497,6 +497,10 @@ class _Part:
     errors: dict[int, str]
     values: Any = None
     event: Any = None
+
+    @property
+    def all_failed(self) -> bool:
+        return bool(self.errors) and not len(self.good)
 
 
 # ---------------------------------------------------------------- what a class is told that is not complete
