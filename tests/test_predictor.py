@@ -837,7 +837,7 @@ def test_on_error_null_is_not_for_columns(model_ref: ModelRef) -> None:
 
 
 def test_totals(model_ref: ModelRef) -> None:
-    """The totals say how long each stage took and how long no batch was there, and print as one line."""
+    """The totals say how long each stage took and how long no batch was there, none twice, and print as one line."""
 
     class Slow(AddOne):
         def preprocess(self, batch: pa.Table) -> torch.Tensor:
@@ -854,14 +854,17 @@ def test_totals(model_ref: ModelRef) -> None:
                 yield {"y": outputs[:, 0]}
 
     predictor = Slow(model_ref)
+    begin = time.perf_counter()
     for _ in range(2):
         assert len(list(predictor(BATCH))) == 3
         time.sleep(0.1)
+    elapsed = time.perf_counter() - begin
     seconds = predictor.totals.seconds
-    assert 0.04 <= seconds["preprocess"] < seconds["predict"] < seconds["postprocess"]
+    assert seconds["preprocess"] >= 0.04
     assert seconds["predict"] >= 0.08
     assert seconds["postprocess"] >= 0.12
     assert seconds["waiting"] >= 0.1
+    assert sum(seconds.values()) <= elapsed
     assert "Slow: 10 rows in 2 batches" in str(predictor.totals)
     assert all(f"{stage} 0." in str(predictor.totals) for stage in seconds)
 
