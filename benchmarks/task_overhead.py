@@ -1,6 +1,6 @@
 """What a call of a model as a Ray task costs: beside an empty task, beside the forward alone, warm and first.
 
-    python benchmarks/task_overhead.py            # about a minute on two cores
+    python benchmarks/task_overhead.py            # about two minutes on two cores
 
 BERT-base with random weights, one short input, one thread. Tasks run one after the other on one Ray CPU, so that one
 worker process serves all of them. Each round does each row once, in an order of its own, with a short pause before
@@ -72,7 +72,7 @@ def ms(values):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=150)
     parser.add_argument("--firsts", type=int, default=5, help="fresh worker processes for the first call")
     options = parser.parse_args()
 

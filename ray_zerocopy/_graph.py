@@ -25,7 +25,6 @@ and containers need no rule of their own.
 from __future__ import annotations
 
 import collections
-import contextlib
 import copyreg
 import enum
 import functools
@@ -43,9 +42,10 @@ import torch
 from ray.cloudpickle import CloudPickler
 from torch.nn.utils import parametrize
 
-from . import _script
+from . import _script, _script_parts
+from ._paths import has_default_reduce, unpicklable, walk
 
-__all__ = ["Parts", "children", "components", "follow", "packed_bytes", "put_together", "take_apart", "walk"]
+__all__ = ["Parts", "components", "packed_bytes", "put_together", "take_apart"]
 
 Tensor = torch.Tensor
 Parameter = torch.nn.Parameter
@@ -98,7 +98,8 @@ def take_apart(
         except _script.BeginAgain:
             scripts.begin_again()
         except Exception as error:
-            raise _unpicklable(obj, leave_out, objects, in_process, error) from error
+            fails = functools.partial(_failure, leave_out, objects, in_process)
+            raise unpicklable(obj, fails, error) from error
         else:
             return Parts(
                 stream.getvalue(),
@@ -108,6 +109,19 @@ def take_apart(
                 pickler.composed,
                 pickler.constructs or bool(pickler.composed),
             )
+
+
+def _failure(
+    leave_out: tuple[type, ...], objects: Sequence[object], in_process: bool, part: object
+) -> Exception | None:
+    """Try to pickle a part, and return what was raised, or None."""
+    try:
+        _Pickler(io.BytesIO(), leave_out, objects, _script.Scripts(), in_process).dump(part)
+    except _script.BeginAgain:
+        return None
+    except Exception as failure:
+        return failure
+    return None
 
 
 class _Pickler(CloudPickler):  # type: ignore[misc]
@@ -196,7 +210,7 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
                 return self.scripts.reduce(obj)
             if "parametrizations" in obj.__dict__.get("_modules", ()) and parametrize.is_parametrized(obj):
                 return _reduce_parametrized(obj)
-            if kind in self.dispatch_table or not _has_default_reduce(kind):
+            if kind in self.dispatch_table or not has_default_reduce(kind):
                 self.opaque.append(obj)
                 self.constructs = True
             elif _has_plain_state(kind):
@@ -227,7 +241,7 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
             self.composed = kind.__name__
             return _reduce_exported(obj)
         if not issubclass(kind, _REDUCED_BY_TORCH_OR_PYTHON) and (
-            kind in self.dispatch_table or not _has_default_reduce(kind)
+            kind in self.dispatch_table or not has_default_reduce(kind)
         ):
             self.constructs = True
         return super().reducer_override(obj)
@@ -264,10 +278,6 @@ _REDUCED_BY_TORCH_OR_PYTHON = (
     *(type, enum.Enum, functools.partial, types.FunctionType, types.BuiltinFunctionType, types.MethodType),
     *(torch.nn.Module, Tensor, torch.dtype, torch.Size, torch.device, torch.layout, torch.memory_format),
 )
-
-
-def _has_default_reduce(kind: Any) -> bool:
-    return kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__
 
 
 def _new_initialized(kind: type[torch.nn.Module]) -> torch.nn.Module:
@@ -376,7 +386,7 @@ def packed_bytes(obj: torch.ScriptObject) -> int:
         parts = obj.unpack() if hasattr(obj, "unpack") else obj.__getstate__()
     except RuntimeError:
         return 0
-    return sum(part.untyped_storage().nbytes() for part in _script.within(parts))
+    return sum(part.untyped_storage().nbytes() for part in _script_parts.within(parts))
 
 
 def _is_decorated(tensor: Tensor) -> bool:
@@ -614,192 +624,3 @@ def _looks_at_nothing(found: Any) -> bool:
         and found.__hash__ in (None, object.__hash__)  # called where it is the key of a dict
         and not (own_set and any("__slots__" in kind.__dict__ for kind in found.__mro__))
     )
-
-
-# ---------------------------------------------------------------- paths, for messages and reports
-
-
-def children(obj: object) -> Iterator[tuple[str, Any]]:
-    """Yield what `obj` holds directly, each with the text that leads from `obj` to it: `.name`, `[0]`, `['key']`."""
-    if isinstance(obj, Tensor):
-        yield from ((f".{name}", value) for name, value in obj.__dict__.items())
-        return
-    if isinstance(obj, dict):
-        for number, (key, value) in enumerate(list(obj.items())):
-            yield f"[{key!r}]", value
-            if not isinstance(key, _LEAVES):
-                yield f".keys()[{number}]", key
-    elif isinstance(obj, (list, tuple, set, frozenset, collections.deque)):
-        for number, value in enumerate(obj):
-            yield f"[{number}]", value
-    elif isinstance(obj, functools.partial):
-        yield from ((".func", obj.func), (".args", obj.args), (".keywords", obj.keywords))
-    elif isinstance(obj, types.MethodType):
-        yield ".__self__", obj.__self__
-    elif isinstance(obj, types.FunctionType):
-        for name, cell in zip(obj.__code__.co_freevars, obj.__closure__ or (), strict=True):
-            try:
-                yield f".<closure {name}>", cell.cell_contents
-            except ValueError:
-                continue
-        names = obj.__code__.co_varnames[: obj.__code__.co_argcount][-len(obj.__defaults__ or ()) :]
-        defaults = {**dict(zip(names, obj.__defaults__ or (), strict=False)), **(obj.__kwdefaults__ or {})}
-        yield from ((f".<default {name}>", value) for name, value in defaults.items())
-    if isinstance(obj, (type, type(torch), torch.fx.Graph)):  # a graph's tensors are fake ones
-        return
-    if isinstance(obj, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
-        yield from _script.named_tensors(obj)
-        return
-    try:
-        attributes = object.__getattribute__(obj, "__dict__")  # not what a __getattr__ or a proxy answers
-    except AttributeError:
-        attributes = None
-    if isinstance(attributes, dict):
-        yield from _named(obj, attributes)
-    for kind in type(obj).__mro__:
-        if "__slots__" not in kind.__dict__:
-            continue
-        for name, slot in kind.__dict__.items():
-            if isinstance(slot, types.MemberDescriptorType):
-                try:
-                    yield f".{_unmangled(kind, name)}", slot.__get__(obj)
-                except AttributeError:  # never set
-                    continue
-
-
-def _named(obj: object, attributes: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    of_module = isinstance(obj, torch.nn.Module)
-    for name, value in list(attributes.items()):
-        if of_module and name in ("_parameters", "_buffers", "_modules"):
-            yield from ((f".{key}", held) for key, held in list(value.items()))
-        else:
-            yield f".{name}", value
-
-
-def _unmangled(kind: type, name: str) -> str:
-    prefix = f"_{kind.__name__.lstrip('_')}__"
-    return name[len(prefix) - 2 :] if name.startswith(prefix) else name
-
-
-_LEAVES = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size)
-
-
-def walk(obj: object, path: str = "", stop_at: tuple[type, ...] = ()) -> Iterator[tuple[str, Any]]:
-    """Yield `obj` and everything reachable from it once, each with its path from `obj`; never runs a property.
-
-    What instances of the types in `stop_at` hold is not looked at.
-    """
-    seen: set[int] = set()
-    alive: list[object] = []
-    pending = [(path, obj)]
-    while pending:
-        path, current = pending.pop()
-        if isinstance(current, _LEAVES) or id(current) in seen:
-            continue
-        seen.add(id(current))
-        alive.append(current)
-        yield path, current
-        if isinstance(current, stop_at):
-            continue
-        pending.extend(reversed([(path + step, child) for step, child in children(current)]))
-
-
-def follow(obj: object, path: str) -> Any:
-    """Return what lies at a path as `children` spells them, such as `.stages[0].model`; LookupError if nothing.
-
-    A key that is a string may have quotes of either kind around it.
-    """
-    if not path:
-        return obj
-    for step, child in children(obj):
-        length = len(step) if path.startswith(step) else _length_of_key(path, step)
-        if length and path[length : length + 1] in ("", ".", "["):
-            with contextlib.suppress(LookupError):  # a name may go on like another, with a dot in it
-                return follow(child, path[length:])
-    raise LookupError(path)
-
-
-def _length_of_key(path: str, step: str) -> int:
-    """Return how many characters at the beginning of a path spell a step's string key in the other quotes, or 0."""
-    if not step.startswith(("['", '["')) or "\\" in step:
-        return 0
-    quote = '"' if step[1] == "'" else "'"
-    return len(step) if path.startswith(f"[{quote}{step[2:-2]}{quote}]") else 0
-
-
-def _unpicklable(
-    obj: object, leave_out: tuple[type, ...], objects: Sequence[object], in_process: bool, error: Exception
-) -> TypeError:
-    def fails(part: object) -> Exception | None:
-        try:
-            _Pickler(io.BytesIO(), leave_out, objects, _script.Scripts(), in_process).dump(part)
-        except _script.BeginAgain:
-            return None
-        except Exception as failure:
-            return failure
-        return None
-
-    path, culprit, reason = _deepest(obj, fails, error)
-    where = f"{type(obj).__qualname__}{path}" if path else type(obj).__qualname__
-    kind = f"{type(culprit).__module__}.{type(culprit).__qualname__}"
-    if "._guards_fn." in path:
-        return TypeError(
-            f"{where.split('._guards_fn')[0].rpartition('>.')[2]} is what torch.export's module() gives, which torch "
-            f"cannot pickle. Share the ExportedProgram itself, and call its module() in the worker."
-        )
-    if len(where) > 300:
-        where = f"{where[:100]} ... {where[-150:]}"
-    return TypeError(
-        f"{type(obj).__qualname__} cannot be shared: {where} is a {kind}, which cannot be pickled "
-        f"({type(reason).__name__}: {reason}). Remove it before sharing and create it again in the worker, "
-        f"or give the class that holds it a __getstate__ without it."
-    )
-
-
-# Every object has one from Python 3.11 on.
-_DEFAULT_GETSTATE = getattr(object, "__getstate__", None)
-_MODULE_GETSTATE = getattr(torch.nn.Module, "__getstate__", None)
-
-
-def _pickled_of(obj: object) -> Iterator[tuple[str, Any]]:
-    """Yield what a pickler goes on to from `obj`, with paths: its children and more, or its own choice of them."""
-    kind: Any = type(obj)
-    if isinstance(obj, torch.jit.ScriptModule):
-        for path, state in _script.python_state(obj).items():
-            yield from ((f".{path}.{name}" if path else f".{name}", value) for name, value in state.items())
-        return
-    own = getattr(kind, "__getstate__", None)
-    if _has_default_reduce(kind) and own not in (None, _DEFAULT_GETSTATE, _MODULE_GETSTATE):
-        chosen: Any = None
-        with contextlib.suppress(Exception):  # which is then why it cannot be pickled
-            chosen = own(obj)
-        if isinstance(chosen, dict):
-            yield from _named(obj, chosen)
-            return
-    yield from children(obj)
-    if isinstance(obj, types.FunctionType):
-        used = (name for name in obj.__code__.co_names if name in obj.__globals__)
-        yield from ((f".<global {name}>", obj.__globals__[name]) for name in used)
-    elif isinstance(obj, type):
-        yield from _named(obj, dict(obj.__dict__))
-    else:
-        yield ".__class__", kind
-
-
-def _deepest(
-    obj: object, fails: Callable[[object], Exception | None], error: Exception
-) -> tuple[str, object, Exception]:
-    """Follow the failing child from `obj` down to the one none of whose own children fails."""
-    path, current, reason = "", obj, error
-    seen = {id(obj)}
-    while True:
-        for step, child in _pickled_of(current):
-            if id(child) in seen or isinstance(child, _LEAVES):
-                continue
-            failure = fails(child)
-            if failure is not None:
-                seen.add(id(child))
-                path, current, reason = path + step, child, failure
-                break
-        else:
-            return path, current, reason

@@ -25,7 +25,7 @@ operators of old releases to rewrite, which costs more than reading it; what an 
 
 What cannot be shared is what a class makes of its tensors while it is read: a quantized layer packs its weights
 for the processor, in memory of its own. `Script.private` counts it. What a frozen module has in its graphs is
-shared; `baked_bytes` counts it, because it is in no `state_dict`.
+shared; `_script_parts.baked_bytes` counts it, because it is in no `state_dict`.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ import types
 import uuid
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
 from torch.jit import ScriptFunction, ScriptModule
 from torch.jit._script import OrderedModuleDict, RecursiveScriptModule
 
-from . import _layout
+from . import _layout, _script_parts
 
 __all__ = [
     "KEEP_FLAGS",
@@ -54,12 +54,8 @@ __all__ = [
     "BeginAgain",
     "Script",
     "Scripts",
-    "baked_bytes",
-    "named_tensors",
-    "python_state",
     "rebuild_script",
     "reduce_script",
-    "within",
 ]
 
 Tensor = torch.Tensor
@@ -199,14 +195,14 @@ def reduce_script(module: ScriptModule | ScriptFunction[Any, Any]) -> tuple[Call
         script, tensors = _take_apart(holder, signature)
         return rebuild_script, (script, tensors, {}, KEEP_FLAGS)
     script, tensors = _take_apart(module._c, None)
-    return rebuild_script, (script, tensors, python_state(module), KEEP_FLAGS)
+    return rebuild_script, (script, tensors, _script_parts.python_state(module), KEEP_FLAGS)
 
 
 def _take_apart(cpp: Any, function: _Signature | None) -> tuple[Script, list[Tensor]]:
     _refuse_packed_for_mkldnn(cpp)
-    constants = list(_constants(cpp))
-    plain = function is None and all(_is_plain(value, kind) for value, kind in _attributes(cpp))
-    if plain and _storages(_tensors(cpp)).isdisjoint(_storages(constants)):
+    constants = list(_script_parts.constants(cpp))
+    plain = function is None and all(_is_plain(value, kind) for value, kind in _script_parts.attributes(cpp))
+    if plain and _storages(_script_parts.tensors_of(cpp)).isdisjoint(_storages(constants)):
         cpp = _compacted(cpp)
     stream = io.BytesIO()
     writer = torch._C.PyTorchFileWriter(stream)
@@ -234,7 +230,7 @@ def _take_apart(cpp: Any, function: _Signature | None) -> tuple[Script, list[Ten
     tensors: list[Tensor] = []
     whole: dict[int, int] = {}
     seen: set[int] = set()
-    for tensor in _tensors(cpp):
+    for tensor in _script_parts.tensors_of(cpp):
         number = enter(tensor)
         if plain and tensor._cdata not in seen:
             seen.add(tensor._cdata)
@@ -261,7 +257,7 @@ def _take_apart(cpp: Any, function: _Signature | None) -> tuple[Script, list[Ten
     reader = torch._C.PyTorchFileReader(io.BytesIO(stream.getbuffer()))
     records = {name: reader.get_record(name) for name in reader.get_all_records()}
     del reader, writer, serializer
-    # The storages that `_tensors` does not see: made by a __getstate__.
+    # The storages that `tensors_of` does not see: made by a __getstate__.
     private = 0
     for number in range(last, last + len(records)):
         record = records.pop(f".data/{number}.storage", None)
@@ -283,7 +279,7 @@ def _take_apart(cpp: Any, function: _Signature | None) -> tuple[Script, list[Ten
         records[_CONSTANTS.format(1)] = records[_CONSTANTS.format(0)]
         records[_DATA.format(0)] = flagless
     cache = "strong"
-    if constants and _writes_to_constants(cpp):
+    if constants and _script_parts.writes_to_constants(cpp):
         cache = "none"
     elif records[_CONSTANTS.format(0)] != _NOTHING and not (small and private == 0):
         cache = "weak"
@@ -333,7 +329,7 @@ def _view(tensor: Tensor, storage: torch.UntypedStorage, offset: Any) -> Tensor:
 
 def _compacted(cpp: Any) -> Any:
     """Return the module, or one like it in which storages of which little is reachable are cut down to that."""
-    tensors = list({tensor._cdata: tensor for tensor in _tensors(cpp)}.values())
+    tensors = list({tensor._cdata: tensor for tensor in _script_parts.tensors_of(cpp)}.values())
     storages, numbers, ranges = _layout.reachable(tensors)
     pieces: dict[int, torch.UntypedStorage] = {}
     for number, (storage, (low, high)) in enumerate(zip(storages, ranges, strict=True)):
@@ -353,7 +349,7 @@ def _compacted(cpp: Any) -> Any:
 
 def _refuse_packed_for_mkldnn(cpp: Any) -> None:
     """Refuse what `torch.jit.save` writes without its weights, and then cannot read."""
-    for module in _modules(cpp):
+    for module in _script_parts.modules(cpp):
         for name in module._method_names():
             if module._get_method(name).graph.findNode("prim::ConstantMKLDNNTensor") is not None:
                 raise ValueError(
@@ -422,15 +418,6 @@ def _without_flags(data: bytes) -> bytes:
     return bytes(changed)
 
 
-def _modules(cpp: Any) -> Iterator[Any]:
-    """Yield a C++ module and those below it; one held twice comes twice."""
-    pending = [cpp]
-    while pending:
-        module = pending.pop()
-        yield module
-        pending.extend(child for _, child in torch._C.ModuleDict(module).items())
-
-
 def _signature(function: ScriptFunction[Any, Any]) -> _Signature:
     schema: Any = function.schema
     given, passed = [], []
@@ -463,107 +450,6 @@ def _written(value: object) -> str:
     if isinstance(value, tuple):
         return f"({''.join(_written(held) + ', ' for held in value)})"
     return repr(value)
-
-
-def _kinds(module: Any) -> dict[str, Any]:
-    """Return the types of a C++ module's attributes by name; not of the modules below it."""
-    attributes: Any = torch._C.ConcreteModuleType.from_jit_type(module._type()).get_attributes()  # type: ignore[attr-defined]
-    return {name: kind for name, (kind, _) in attributes.items()}
-
-
-def _attributes(cpp: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield what the modules' attributes hold, and its type, in a definite order, ties as often as they occur."""
-    for module in _modules(cpp):
-        for name, kind in _kinds(module).items():
-            yield module.getattr(name), kind
-
-
-def _tensors(cpp: Any) -> Iterator[Tensor]:
-    for value, _ in _attributes(cpp):
-        yield from within(value)
-
-
-def within(value: object) -> Iterator[Tensor]:
-    """Yield the tensors in nested lists, tuples, dicts and C++ modules."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for held in value.values():
-            yield from within(held)
-    elif isinstance(value, (list, tuple)):
-        for held in value:
-            yield from within(held)
-    elif isinstance(value, torch._C.ScriptModule):
-        yield from _tensors(value)
-
-
-def _graphs(cpp: Any) -> Iterator[Any]:
-    """Yield the graphs of a module's methods, with those of what they call put in, and of what they fork."""
-    seen = set()
-    for module in _modules(cpp):
-        for name in module._method_names():
-            if (module.qualified_name, name) not in seen:
-                seen.add((module.qualified_name, name))
-                yield from _with_forks(module._get_method(name).inlined_graph)
-
-
-def _with_forks(graph: Any) -> Iterator[Any]:
-    yield graph
-    for fork in graph.findAllNodes("prim::fork"):
-        forked = fork.g("Subgraph").copy()
-        torch._C._jit_pass_inline(forked)
-        yield from _with_forks(forked)
-
-
-def _constants_of(graph: Any) -> Iterator[tuple[Any, Tensor]]:
-    for node in graph.findAllNodes("prim::Constant"):
-        if node.hasAttribute("value") and node.kindOf("value") in ("t", "ts", "ival"):
-            for tensor in within(getattr(node, node.kindOf("value"))("value")):
-                yield node.output(), tensor
-
-
-def _constants(cpp: Any) -> Iterator[Tensor]:
-    """Yield the tensors in the graphs of a module's methods and of what these call, each once."""
-    seen = set()
-    for graph in _graphs(cpp):
-        for _, tensor in _constants_of(graph):
-            if tensor._cdata not in seen:
-                seen.add(tensor._cdata)
-                yield tensor
-
-
-def _writes_to_constants(cpp: Any) -> bool:
-    for graph in _graphs(cpp):
-        held = list(_constants_of(graph))
-        if held:
-            aliases = graph.alias_db()
-            if any(aliases.has_writers(value) for value, _ in held):
-                return True
-    return False
-
-
-def python_state(module: ScriptModule) -> dict[str, dict[str, Any]]:
-    """Return, by path, what users have put on the Python side of the modules: attributes, ignored methods."""
-    states = {}
-    for path, part in module.named_modules():
-        part = part.__dict__.get("_actual_script_module", part)
-        state: dict[str, Any] = {}
-        for name, value in part.__dict__.items():
-            if isinstance(value, types.MethodType):
-                if value.__self__ is part:
-                    state[name] = _Method(value.__func__)
-            elif name not in _FRESH and not isinstance(value, (torch._C.ScriptMethod, property)):
-                state[name] = value
-        if state:
-            states[path] = state
-    return states
-
-
-class _Method(NamedTuple):
-    function: Callable[..., Any]
-
-
-_FRESH = frozenset((*torch.nn.Module().__dict__, "_c", "_concrete_type", "_initializing", "_compiled"))
 
 
 # ---------------------------------------------------------------- putting together
@@ -605,7 +491,7 @@ def rebuild_script(
     for path, state in python_state.items():
         part = _part_of(module, path)
         for name, value in state.items():
-            if isinstance(value, _Method):
+            if isinstance(value, _script_parts.OwnMethod):
                 part.__dict__[name] = types.MethodType(value.function, part)
             else:
                 part.__dict__[name] = value
@@ -682,7 +568,7 @@ def _write_down(cpp: Any, tensors: list[Tensor]) -> Callable[[list[Tensor]], Any
         if hash(module) in values:
             return values[hash(module)]
         alive.append(module)
-        held = [(name, value_of(module.getattr(name), kind)) for name, kind in _kinds(module).items()]
+        held = [(name, value_of(module.getattr(name), kind)) for name, kind in _script_parts.kinds(module).items()]
         held += [(name, object_of(child)) for name, child in torch._C.ModuleDict(module).items()]
         made = graph.insertNode(graph.create("prim::CreateObject", 1)).output()
         made.setType(module._type())
@@ -708,8 +594,8 @@ def _write_down(cpp: Any, tensors: list[Tensor]) -> Callable[[list[Tensor]], Any
 def _put_in(cpp: Any, tensors: list[Tensor]) -> None:
     """Exchange a module's tensors, which were just read, for those that they are like."""
     numbers = _numbers(cpp, tensors)
-    for module in list(_modules(cpp)):
-        for name in _kinds(module):
+    for module in list(_script_parts.modules(cpp)):
+        for name in _script_parts.kinds(module):
             held = module.getattr(name)
             if isinstance(held, Tensor) and held._cdata in numbers:
                 module.setattr(name, tensors[numbers[held._cdata]])
@@ -720,7 +606,7 @@ def _numbers(cpp: Any, tensors: list[Tensor]) -> dict[int, int]:
     places: dict[Any, list[int]] = {}
     for place, tensor in reversed(list(enumerate(tensors))):
         places.setdefault(_place_of(tensor), []).append(place)
-    in_cpp = {tensor._cdata: tensor for tensor in _tensors(cpp)}
+    in_cpp = {tensor._cdata: tensor for tensor in _script_parts.tensors_of(cpp)}
     return {known: places[_place_of(tensor)].pop() for known, tensor in in_cpp.items()}
 
 
@@ -733,7 +619,7 @@ def _place_of(tensor: Tensor) -> Any:
 def _exchange(cpp: Any, places: dict[int, torch.UntypedStorage], constants: bool) -> None:
     """Give each tensor of a module, and each constant, the storage on the device for the one it has on the host."""
     done = set()
-    for tensor in (*_tensors(cpp), *(_constants(cpp) if constants else ())):
+    for tensor in (*_script_parts.tensors_of(cpp), *(_script_parts.constants(cpp) if constants else ())):
         place = places.get(tensor.untyped_storage()._cdata) if torch._C._has_storage(tensor) else None
         if place is None or tensor._cdata in done:
             continue
@@ -788,40 +674,3 @@ def _define(signature: _Signature, inner: Any) -> Any:
     function = unit.find_function(signature.name)
     torch._C._jit_pass_inline(function.graph)
     return function
-
-
-# ---------------------------------------------------------------- counting
-
-
-def baked_bytes(module: ScriptModule | ScriptFunction[Any, Any]) -> int:
-    """Return the bytes of the distinct storages in the graphs of a module: weights that are in no `state_dict`."""
-    found = list(_function_constants(module)) if isinstance(module, ScriptFunction) else list(_constants(module._c))
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in found if torch._C._has_storage(t)}
-    return sum(storages.values())
-
-
-def _function_constants(function: ScriptFunction[Any, Any]) -> Iterator[Tensor]:
-    for graph in _with_forks(function.inlined_graph):
-        yield from (tensor for _, tensor in _constants_of(graph))
-
-
-def named_tensors(module: ScriptModule | ScriptFunction[Any, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield what has bytes, with paths: parameters, buffers, other attributes, packed weights, graph constants."""
-    if isinstance(module, ScriptFunction):
-        yield from ((".<constant in its graph>", tensor) for tensor in _function_constants(module))
-        return
-    seen: set[int] = set()
-    named = [*module.named_parameters(), *module.named_buffers()]
-    for name, tensor in named:
-        seen.add(tensor._cdata)
-        yield f".{name}", tensor
-    for tensor in _tensors(module._c):
-        if tensor._cdata not in seen:
-            seen.add(tensor._cdata)
-            yield ".<attribute>", tensor
-    for part in _modules(module._c):
-        for name, kind in _kinds(part).items():
-            if kind.kind() == "ClassType" and isinstance(value := part.getattr(name), torch.ScriptObject):
-                yield f".<{name}>", value
-    for tensor in _constants(module._c):
-        yield ".<constant in its graph>", tensor

@@ -87,6 +87,25 @@ class Loaded(NamedTuple):
     isolated: bool
 
 
+class Header(NamedTuple):
+    """What a model's first object has beside buffers, pickled: how to make the model of them.
+
+    Of the fields, `composed` and `constructs` are those of `_graph.Parts`.
+    """
+
+    layout: _layout.Layout
+    skeleton: bytes
+    composed: str
+    constructs: bool
+
+    def pickled(self) -> bytes:
+        return pickle.dumps(tuple(self), protocol=5)
+
+    @classmethod
+    def of(cls, body: dict[str, Any]) -> Header:
+        return cls(*pickle.loads(body["header"]))
+
+
 def format_bytes(nbytes: float) -> str:
     """Return a byte count as a person reads it, in binary units: `417.6 MiB`."""
     if nbytes < 1024:
@@ -116,7 +135,7 @@ def put(model: object, name: str | None = None) -> ModelRef:
     parts = _graph.take_apart(model, leave_out=CARRIED)
     packed = _layout.pack(parts.tensors, parts.arrays)
     layout = packed.layout
-    header = pickle.dumps((layout, parts.skeleton, parts.composed, parts.constructs), protocol=5)
+    header = Header(layout, parts.skeleton, parts.composed, parts.constructs).pickled()
     nbytes = sum(layout.buffers)
     name = name or type(model).__name__
     session = _session()
@@ -220,13 +239,14 @@ def get(model_ref: ModelRef, how: How) -> Loaded:
 
 
 def _rebuild(model_ref: ModelRef, bodies: list[dict[str, Any]], how: How) -> tuple[Any, float, _Memory]:
-    layout, skeleton, composed, constructs = pickle.loads(bodies[0]["header"])
+    header = Header.of(bodies[0])
+    layout = header.layout
     objects = [body["buffers"] for body in bodies]
     changed = _layout.casts(layout, how.dtype)
-    if how.dtype is not None and composed:
+    if how.dtype is not None and header.composed:
         raise ValueError(
-            f"dtype={how.dtype} cannot be applied to {model_ref!r}: it holds a {composed}, which knows its dtype by "
-            f"itself. Convert the model before sharing it."
+            f"dtype={how.dtype} cannot be applied to {model_ref!r}: it holds a {header.composed}, which knows its "
+            f"dtype by itself. Convert the model before sharing it."
         )
     on_host = how.device.type == "cpu"
     with contextlib.ExitStack() as stack:
@@ -248,10 +268,10 @@ def _rebuild(model_ref: ModelRef, bodies: list[dict[str, Any]], how: How) -> tup
         )
         arrays = _layout.unpack_arrays(layout, memory.buffers)
         carried = bodies[0]["carried"]
-        if arrived is not None and constructs:
+        if arrived is not None and header.constructs:
             arrived()
         model, importing = _graph.put_together(
-            skeleton, tensors, arrays, carried, keep_flags=how.keep_flags, arrived=arrived
+            header.skeleton, tensors, arrays, carried, keep_flags=how.keep_flags, arrived=arrived
         )
     for number, storage in enumerate(storages or ()):
         if not on_host or number in changed:

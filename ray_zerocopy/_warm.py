@@ -30,7 +30,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import pickle
 import sys
 import threading
 import time
@@ -103,12 +102,13 @@ class _Entry:
 
     def build_for_call(self, view: _View, body: dict[str, Any]) -> None:
         """Build in the calling thread, and learn whether the other may do it the next time."""
-        layout, skeleton, _, constructs = pickle.loads(body["header"])
+        header = _store.Header.of(body)
+        layout, skeleton = header.layout, header.skeleton
         foreign: list[None] = []
         view.model = _store.build(layout, skeleton, view.buffers, body["carried"], lambda: foreign.append(None))
         view.built = True
         # Called once at the end; before that too, if what was looked up is not known to run no code.
-        plain = not constructs and len(foreign) == 1
+        plain = not header.constructs and len(foreign) == 1
         # What was carried (ObjectRefs, actor handles) must not be held between calls.
         if plain and not body["carried"] and len(skeleton) <= _SKELETON_BYTES:
             self.plan = layout, skeleton

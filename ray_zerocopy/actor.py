@@ -12,7 +12,7 @@ import numpy as np
 import ray
 import torch
 
-from . import _graph, _layout, _store
+from . import _graph, _layout, _paths, _store
 from ._device import DeviceLike, resolve, use
 from ._store import Loaded, ModelRef
 
@@ -258,7 +258,7 @@ def load_pipeline_in_actor(
 def find_models(pipeline: object) -> list[tuple[str, Any]]:
     """Return the models in an object, each once, with the path that leads there; not the parts of a model."""
     return [
-        (path, part) for path, part in _graph.walk(pipeline, stop_at=MODEL_TYPES) if isinstance(part, MODEL_TYPES)
+        (path, part) for path, part in _paths.walk(pipeline, stop_at=MODEL_TYPES) if isinstance(part, MODEL_TYPES)
     ]
 
 
@@ -271,7 +271,7 @@ def _named(pipeline: object, names: Iterable[str], found: list[tuple[str, Any]])
             raise TypeError(f"model_attr_names has {name!r}, which is not a name. {there}")
         path = name if name.startswith((".", "[")) else f".{name}"
         try:
-            part = _graph.follow(pipeline, path)
+            part = _paths.follow(pipeline, path)
         except LookupError:
             raise ValueError(f"{type(pipeline).__name__} has no part '{name}'. {there}") from None
         if not isinstance(part, MODEL_TYPES):

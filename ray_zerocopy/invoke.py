@@ -30,7 +30,7 @@ import ray.util.client
 import torch
 from torch.nn.utils import parametrize
 
-from . import _graph, _layout, _mapping, _store, actor
+from . import _graph, _layout, _mapping, _paths, _store, actor
 from ._copies import map_tensors
 from ._store import ModelRef
 from ._warm import WarmModels
@@ -477,7 +477,7 @@ def rewrite_pipeline(
         )
     _with_options(ray_remote_options)
     # A bound method of a model, kept by the pipeline, would take the stand-in for the model.
-    held = [part for _, part in _graph.walk(pipeline, stop_at=actor.MODEL_TYPES)]
+    held = [part for _, part in _paths.walk(pipeline, stop_at=actor.MODEL_TYPES)]
     bound = [part for part in held if _is_bound(part)]
     parts = _graph.take_apart(pipeline, leave_out=actor.MODEL_TYPES, objects=bound, in_process=True)
     models = [model for _, model in found]
@@ -570,7 +570,7 @@ def _tied(models: list[Any]) -> list[list[Any]]:
     for model in models:
         storages = {
             part.untyped_storage()._cdata
-            for _, tensor in _graph.walk(model)
+            for _, tensor in _paths.walk(model)
             if isinstance(tensor, torch.Tensor)
             for part in _graph.components(tensor)
         }

@@ -14,7 +14,7 @@ import torch
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from . import _graph, _mapping, actor
+from . import _graph, _mapping, _paths, actor
 from ._store import ModelRef, check_session, format_bytes, located
 from .errors import ZeroCopyError
 
@@ -74,7 +74,7 @@ def model_memory(model: object, *, largest: int = 10) -> ModelMemory:
     private: list[tuple[str, int]] = []
     ranges: list[tuple[int, int, str]] = []
     seen: set[int] = set()
-    for where, part in _graph.walk(model, path):
+    for where, part in _paths.walk(model, path):
         if isinstance(part, torch.ScriptObject):
             private.append((where, _graph.packed_bytes(part)))
         elif isinstance(part, np.ndarray) and part.nbytes and part.dtype != object:

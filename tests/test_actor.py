@@ -32,6 +32,7 @@ from ray_zerocopy import (
     _device,
     _graph,
     _layout,
+    _paths,
     _store,
     load_model_in_actor,
     load_pipeline_in_actor,
@@ -458,7 +459,7 @@ def test_walk_never_runs_a_property() -> None:
         def trap(self) -> None:
             raise AssertionError("a property was run")
 
-    found = [path for path, part in _graph.walk(Trap(), "trap") if isinstance(part, torch.Tensor)]
+    found = [path for path, part in _paths.walk(Trap(), "trap") if isinstance(part, torch.Tensor)]
     assert found == ["trap.__hidden", "trap.seen[0]"]
 
 

@@ -15,7 +15,7 @@ import torch
 from describe import describe, storage_bytes
 from models import BAKED, CALLABLE, CASES, NAMES, PACKED, SCRIPTED, call
 
-from ray_zerocopy import _graph, _layout, load_model_in_actor, memory, prepare_model_for_actors
+from ray_zerocopy import _graph, _layout, _paths, load_model_in_actor, memory, prepare_model_for_actors
 from ray_zerocopy._store import fetch
 
 SHARED: dict[str, tuple[Any, Any]] = {}
@@ -33,7 +33,7 @@ def shared(ray_session: None, request: pytest.FixtureRequest) -> tuple[Any, Any]
 
 def is_eval(model: Any) -> bool:
     """Tell whether no module in the graph trains and no tensor wants a gradient."""
-    parts = [part for _, part in _graph.walk(model)]
+    parts = [part for _, part in _paths.walk(model)]
     modules = [p for p in parts if isinstance(p, torch.nn.Module) and not isinstance(p, torch.fx.GraphModule)]
     return not any(getattr(p, "training", False) for p in modules) and not any(
         p.requires_grad for p in parts if isinstance(p, torch.Tensor)
@@ -72,7 +72,7 @@ def addresses(model: Any) -> set[int]:
     """Return where the tensors of a model lie; a frozen module's constants are code, which a process has once."""
     return {
         piece.data_ptr()
-        for path, part in _graph.walk(model)
+        for path, part in _paths.walk(model)
         if isinstance(part, torch.Tensor) and "<constant" not in path
         for piece in _graph.components(part)
         if piece.numel()
@@ -110,7 +110,7 @@ def test_stores_each_storage_once(name: str, shared: tuple[Any, Any]) -> None:
 def locations(ref: Any) -> list[Any]:
     """Load the model and return where each of its tensors lies."""
     model = load_model_in_actor(ref)
-    tensors = [part for _, part in _graph.walk(model) if isinstance(part, torch.Tensor)]
+    tensors = [part for _, part in _paths.walk(model) if isinstance(part, torch.Tensor)]
     return [(memory.location(t), t.numel()) for tensor in tensors for t in _graph.components(tensor)]
 
 
@@ -147,7 +147,7 @@ def test_writes_stay_private(name: str, shared: tuple[Any, Any]) -> None:
     before = describe(source)
     writer = load_model_in_actor(ref)
     other = load_model_in_actor(ref, keep_flags=True)
-    for _, part in _graph.walk(writer):
+    for _, part in _paths.walk(writer):
         if isinstance(part, torch.Tensor):
             for tensor in _graph.components(part):
                 storage = tensor.untyped_storage()

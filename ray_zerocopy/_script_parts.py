@@ -1,0 +1,184 @@
+"""What a TorchScript module is made of: tensors, graphs, their constants, what Python put on it. Changes nothing."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.jit import ScriptFunction, ScriptModule
+
+__all__ = [
+    "OwnMethod",
+    "attributes",
+    "baked_bytes",
+    "constants",
+    "kinds",
+    "modules",
+    "named_tensors",
+    "python_state",
+    "tensors_of",
+    "within",
+    "writes_to_constants",
+]
+
+Tensor = torch.Tensor
+
+
+def modules(cpp: Any) -> Iterator[Any]:
+    """Yield a C++ module and those below it; one held twice comes twice."""
+    pending = [cpp]
+    while pending:
+        module = pending.pop()
+        yield module
+        pending.extend(child for _, child in torch._C.ModuleDict(module).items())
+
+
+def kinds(module: Any) -> dict[str, Any]:
+    """Return the types of a C++ module's attributes by name; not of the modules below it."""
+    attributes: Any = torch._C.ConcreteModuleType.from_jit_type(module._type()).get_attributes()  # type: ignore[attr-defined]
+    return {name: kind for name, (kind, _) in attributes.items()}
+
+
+def attributes(cpp: Any) -> Iterator[tuple[Any, Any]]:
+    """Yield what the modules' attributes hold, and its type, in a definite order, ties as often as they occur."""
+    for module in modules(cpp):
+        for name, kind in kinds(module).items():
+            yield module.getattr(name), kind
+
+
+def tensors_of(cpp: Any) -> Iterator[Tensor]:
+    """Yield the tensors that the attributes hold, also those within others, ties as often as they occur."""
+    for value, _ in attributes(cpp):
+        yield from within(value)
+
+
+def within(value: object) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists, tuples, dicts and C++ modules."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for held in value.values():
+            yield from within(held)
+    elif isinstance(value, (list, tuple)):
+        for held in value:
+            yield from within(held)
+    elif isinstance(value, torch._C.ScriptModule):
+        yield from tensors_of(value)
+
+
+# ---------------------------------------------------------------- graphs
+
+
+def _graphs(cpp: Any) -> Iterator[Any]:
+    """Yield the graphs of a module's methods, with those of what they call put in, and of what they fork."""
+    seen = set()
+    for module in modules(cpp):
+        for name in module._method_names():
+            if (module.qualified_name, name) not in seen:
+                seen.add((module.qualified_name, name))
+                yield from _with_forks(module._get_method(name).inlined_graph)
+
+
+def _with_forks(graph: Any) -> Iterator[Any]:
+    yield graph
+    for fork in graph.findAllNodes("prim::fork"):
+        forked = fork.g("Subgraph").copy()
+        torch._C._jit_pass_inline(forked)
+        yield from _with_forks(forked)
+
+
+def _constants_of(graph: Any) -> Iterator[tuple[Any, Tensor]]:
+    for node in graph.findAllNodes("prim::Constant"):
+        if node.hasAttribute("value") and node.kindOf("value") in ("t", "ts", "ival"):
+            for tensor in within(getattr(node, node.kindOf("value"))("value")):
+                yield node.output(), tensor
+
+
+def constants(cpp: Any) -> Iterator[Tensor]:
+    """Yield the tensors in the graphs of a module's methods and of what these call, each once."""
+    seen = set()
+    for graph in _graphs(cpp):
+        for _, tensor in _constants_of(graph):
+            if tensor._cdata not in seen:
+                seen.add(tensor._cdata)
+                yield tensor
+
+
+def _function_constants(function: ScriptFunction[Any, Any]) -> Iterator[Tensor]:
+    for graph in _with_forks(function.inlined_graph):
+        yield from (tensor for _, tensor in _constants_of(graph))
+
+
+def writes_to_constants(cpp: Any) -> bool:
+    """Tell whether a method may write to a tensor that is a constant in its graph."""
+    for graph in _graphs(cpp):
+        held = list(_constants_of(graph))
+        if held:
+            aliases = graph.alias_db()
+            if any(aliases.has_writers(value) for value, _ in held):
+                return True
+    return False
+
+
+# ---------------------------------------------------------------- the Python side
+
+
+# What a script module has there by itself.
+_FRESH = frozenset((*torch.nn.Module().__dict__, "_c", "_concrete_type", "_initializing", "_compiled"))
+
+
+class OwnMethod(NamedTuple):
+    """A method of the module itself in its `__dict__`, without the module."""
+
+    function: Callable[..., Any]
+
+
+def python_state(module: ScriptModule) -> dict[str, dict[str, Any]]:
+    """Return, by path, what users have put on the Python side of the modules: attributes, ignored methods."""
+    states = {}
+    for path, part in module.named_modules():
+        part = part.__dict__.get("_actual_script_module", part)
+        state: dict[str, Any] = {}
+        for name, value in part.__dict__.items():
+            if isinstance(value, types.MethodType):
+                if value.__self__ is part:
+                    state[name] = OwnMethod(value.__func__)
+            elif name not in _FRESH and not isinstance(value, (torch._C.ScriptMethod, property)):
+                state[name] = value
+        if state:
+            states[path] = state
+    return states
+
+
+# ---------------------------------------------------------------- for reports
+
+
+def baked_bytes(module: ScriptModule | ScriptFunction[Any, Any]) -> int:
+    """Return the bytes of the distinct storages in the graphs of a module: weights that are in no `state_dict`."""
+    found = list(_function_constants(module)) if isinstance(module, ScriptFunction) else list(constants(module._c))
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in found if torch._C._has_storage(t)}
+    return sum(storages.values())
+
+
+def named_tensors(module: ScriptModule | ScriptFunction[Any, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield what has bytes, with paths: parameters, buffers, other attributes, packed weights, graph constants."""
+    if isinstance(module, ScriptFunction):
+        yield from ((".<constant in its graph>", tensor) for tensor in _function_constants(module))
+        return
+    seen: set[int] = set()
+    named = [*module.named_parameters(), *module.named_buffers()]
+    for name, tensor in named:
+        seen.add(tensor._cdata)
+        yield f".{name}", tensor
+    for tensor in tensors_of(module._c):
+        if tensor._cdata not in seen:
+            seen.add(tensor._cdata)
+            yield ".<attribute>", tensor
+    for part in modules(module._c):
+        for name, kind in kinds(part).items():
+            if kind.kind() == "ClassType" and isinstance(value := part.getattr(name), torch.ScriptObject):
+                yield f".<{name}>", value
+    for tensor in constants(module._c):
+        yield ".<constant in its graph>", tensor
