@@ -578,13 +578,15 @@ _PORTABLE, _READ_ONLY = 1, 8  # flags of cudaHostRegister
 
 
 def _register(address: int, nbytes: int, device: torch.device) -> None:
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     for flags in (_PORTABLE | _READ_ONLY, _PORTABLE):
-        error = torch.cuda.cudart().cudaHostRegister(address, nbytes, flags)  # type: ignore[no-untyped-call]
+        error = runtime.cudaHostRegister(address, nbytes, flags)
         if int(error) == 0:
             return
         with contextlib.suppress(RuntimeError):
             torch.zeros(1, device=device)  # the next launch reports the failed call, and clears it
     raise ZeroCopyError(
-        f"{nbytes} bytes of the object store cannot be page-locked (cudaHostRegister: {error}). Load with "
-        f"page_lock=False, or raise the limit of locked memory (ulimit -l)."
+        f"{nbytes} bytes of the object store cannot be page-locked (cudaHostRegister: "
+        f"{runtime.cudaGetErrorString(error)}). Load with page_lock=False, or raise the limit of locked memory "
+        f"(ulimit -l)."
     )
