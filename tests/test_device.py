@@ -6,6 +6,7 @@ Runs without Ray too, on a machine with a GPU: `python -m pytest --noconftest te
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 import io
 import itertools
@@ -374,6 +375,40 @@ def test_dtypes_change_on_the_way(dtype: torch.dtype) -> None:
         expected.append(torch.nn.Parameter(view) if isinstance(tensor, torch.nn.Parameter) else view)
     assert_equal(there, expected)
     assert there[0].requires_grad
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts the process's threads in /proc")
+def test_converting_starts_no_threads() -> None:
+    """Each thread of a load converts by itself, however many threads torch may use for one tensor."""
+    most = []
+
+    class Counting(Late):
+        """Does nothing itself for which torch would start threads."""
+
+        def allocate(self, nbytes: int) -> torch.Tensor:
+            return torch.empty(nbytes, dtype=torch.uint8)
+
+        page_locked = allocate
+
+        def copy(self, to: torch.Tensor, source: torch.Tensor) -> Event:
+            most.append(len(os.listdir("/proc/self/task")))
+            ctypes.memmove(to.data_ptr(), source.data_ptr(), source.nbytes)
+            event = Event()
+            event.done = True
+            return event
+
+    allowed = torch.get_num_threads()
+    torch.set_num_threads(16)
+    try:
+        source = [torch.ones(4_000_000)]  # now this thread has as many as it may
+        packed = _layout.pack(source)
+        sources = stored(packed)
+        before = len(os.listdir("/proc/self/task"))
+        there = upload(packed, sources, _device.Ring(Counting(), 1 << 20, 4, 6), torch.bfloat16)
+    finally:
+        torch.set_num_threads(allowed)
+    assert_equal(there, [source[0].to(torch.bfloat16)])
+    assert max(most) < before + 4 + 12
 
 
 @pytest.mark.parametrize(
