@@ -50,7 +50,10 @@ class Copies:
         current.wait_event(event)
 
         def used(tensor: torch.Tensor) -> torch.Tensor:
-            tensor.record_stream(current)
+            if tensor.device != self.device:
+                tensor = tensor.to(self.device)  # copy: a device has memory of its own
+            elif _is_dense(tensor):
+                tensor.record_stream(current)
             return self._cast(tensor)
 
         return map_tensors(inputs, used)
@@ -78,18 +81,24 @@ class Copies:
         return tensor.to(self.cast_to) if self.cast_to and tensor.is_floating_point() else tensor
 
     def _pinned_to_device(self, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.device == self.device:
-            return tensor
-        if tensor.device.type == "cpu" and tensor.layout is torch.strided:
+        if tensor.device == self.device or not _is_dense(tensor):
+            return tensor  # what no stream can be recorded for moves in `arrive`, on the stream that uses it
+        if tensor.device.type == "cpu":
+            if 0 in tensor.stride():
+                tensor = tensor.contiguous()  # copy: pin_memory refuses an expanded tensor
             tensor = tensor.pin_memory()  # copy: to memory from which the device copies by itself
         return tensor.to(self.device, non_blocking=True)
 
     def _to_pinned(self, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.device != self.device or tensor.layout is not torch.strided:
+        if tensor.device != self.device or not _is_dense(tensor):
             return tensor.cpu()
         tensor.record_stream(self._out)
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return host.copy_(tensor, non_blocking=True)
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested
 
 
 def map_tensors(values: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -58,6 +58,9 @@ MOST_THREADS = 12
 # Between two spans in one slot at most so many bytes of the arena are overwritten with whatever the slot holds:
 # the padding that aligns storages, and never a byte that is copied some other way.
 PADDING = 512
+# So many elements torch converts in the thread that asks. Of more it gives parts to as many threads as it may have,
+# and each thread of a load would have these anew.
+CONVERTED_ALONE = 32_000
 
 
 # ---------------------------------------------------------------- which device
@@ -475,7 +478,10 @@ class Upload:
             size = nbytes // after.itemsize
             begin = self._addresses[span.buffer] + span.offset + done // after.itemsize * before.itemsize
             given = torch.frombuffer(_memory(begin, size * before.itemsize), dtype=before)
-            slot.memory[at : at + nbytes].view(after).copy_(given)
+            into = slot.memory[at : at + nbytes].view(after)
+            step = CONVERTED_ALONE if torch.get_num_threads() > 1 else size
+            for first in range(0, size, step):
+                into[first : first + step].copy_(given[first : first + step])
         elif source.file is not None:
             _read(source.file, source.file_offset + span.offset + done, slot.bytes[at : at + nbytes])
         else:
@@ -578,13 +584,15 @@ _PORTABLE, _READ_ONLY = 1, 8  # flags of cudaHostRegister
 
 
 def _register(address: int, nbytes: int, device: torch.device) -> None:
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     for flags in (_PORTABLE | _READ_ONLY, _PORTABLE):
-        error = torch.cuda.cudart().cudaHostRegister(address, nbytes, flags)  # type: ignore[no-untyped-call]
+        error = runtime.cudaHostRegister(address, nbytes, flags)
         if int(error) == 0:
             return
         with contextlib.suppress(RuntimeError):
             torch.zeros(1, device=device)  # the next launch reports the failed call, and clears it
     raise ZeroCopyError(
-        f"{nbytes} bytes of the object store cannot be page-locked (cudaHostRegister: {error}). Load with "
-        f"page_lock=False, or raise the limit of locked memory (ulimit -l)."
+        f"{nbytes} bytes of the object store cannot be page-locked (cudaHostRegister: "
+        f"{runtime.cudaGetErrorString(error)}). Load with page_lock=False, or raise the limit of locked memory "
+        f"(ulimit -l)."
     )

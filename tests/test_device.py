@@ -6,6 +6,7 @@ Runs without Ray too, on a machine with a GPU: `python -m pytest --noconftest te
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 import io
 import itertools
@@ -15,9 +16,10 @@ import sys
 import threading
 import time
 import types
+import warnings
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +28,14 @@ import torch
 from late_device import Event, Late
 
 try:
-    from ray_zerocopy import _device, _layout, errors
+    from ray_zerocopy import _copies, _device, _layout, errors
 except ModuleNotFoundError as missing:
     if missing.name != "ray":
         raise
     package = types.ModuleType("ray_zerocopy")  # its __init__ needs Ray; these modules don't
     package.__path__ = [str(Path(__file__).parent.parent / "ray_zerocopy")]
     sys.modules["ray_zerocopy"] = package
-    from ray_zerocopy import _device, _layout, errors
+    from ray_zerocopy import _copies, _device, _layout, errors
 
 SLOT = 4096
 
@@ -377,6 +379,40 @@ def test_dtypes_change_on_the_way(dtype: torch.dtype) -> None:
     assert there[0].requires_grad
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts the process's threads in /proc")
+def test_converting_starts_no_threads() -> None:
+    """Each thread of a load converts by itself, however many threads torch may use for one tensor."""
+    most = []
+
+    class Counting(Late):
+        """Does nothing itself for which torch would start threads."""
+
+        def allocate(self, nbytes: int) -> torch.Tensor:
+            return torch.empty(nbytes, dtype=torch.uint8)
+
+        page_locked = allocate
+
+        def copy(self, to: torch.Tensor, source: torch.Tensor) -> Event:
+            most.append(len(os.listdir("/proc/self/task")))
+            ctypes.memmove(to.data_ptr(), source.data_ptr(), source.nbytes)
+            event = Event()
+            event.done = True
+            return event
+
+    allowed = torch.get_num_threads()
+    torch.set_num_threads(16)
+    try:
+        source = [torch.ones(4_000_000)]  # now this thread has as many as it may
+        packed = _layout.pack(source)
+        sources = stored(packed)
+        before = len(os.listdir("/proc/self/task"))
+        there = upload(packed, sources, _device.Ring(Counting(), 1 << 20, 4, 6), torch.bfloat16)
+    finally:
+        torch.set_num_threads(allowed)
+    assert_equal(there, [source[0].to(torch.bfloat16)])
+    assert max(most) < before + 4 + 12
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -441,6 +477,71 @@ def test_a_gpu_that_torch_cannot_use() -> None:
     with pytest.raises(ValueError, match=r"Ray assigned cuda:0 .* finds no usable CUDA device.*device='cpu'"):
         _device.use(torch.device("cuda", 0))
     _device.use(torch.device("cpu"))
+
+
+# ---------------------------------------------------------------- what page-locking says, and inputs on their way
+
+
+def test_why_pages_cannot_be_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of page-locking has CUDA's words for it, and what was locked before it is let go."""
+    locked: list[int] = []
+
+    def register(address: int, nbytes: int, flags: int) -> int:
+        if nbytes == 8192:
+            return 1
+        locked.append(address)
+        return 0
+
+    words = {1: "invalid argument"}
+    runtime = types.SimpleNamespace(
+        cudaHostRegister=register, cudaHostUnregister=locked.remove, cudaGetErrorString=words.__getitem__
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "init", lambda: None)
+    with pytest.raises(errors.ZeroCopyError, match=r"8192 bytes .* \(cudaHostRegister: invalid argument\)"):
+        _device.PageLock(torch.device("meta"), [(4096, 8192), (1 << 20, (1 << 20) + 8192)], None)
+    assert locked == []
+
+
+def inputs() -> dict[str, torch.Tensor]:
+    """Return a model's inputs of every kind that page-locked memory or streams are particular about."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # nested tensors are a prototype
+        nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    grid = torch.arange(20.0).reshape(4, 5)
+    return {
+        **{"plain": grid, "expanded": torch.arange(4).expand(3, 4), "one": torch.ones(1).expand(7)},
+        **{"gaps": grid[:, ::2], "transposed": grid.t(), "windows": torch.arange(10.0).unfold(0, 3, 1)},
+        **{"last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last), "empty": torch.empty(0, 3)},
+        **{"scalar": torch.tensor(3.0), "mask": grid > 7, "conjugate": torch.randn(3, dtype=torch.complex64).conj()},
+        **{"sparse": torch.eye(3).to_sparse(), "nested": nested},
+    }
+
+
+def test_inputs_of_any_kind_leave_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense inputs are pinned and go on a stream of their own, marked as in use by the model's; others go by it."""
+    pinned: list[torch.Tensor] = []
+    recorded: list[torch.Tensor] = []
+
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor)
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype).copy_(tensor)  # torch's own way
+
+    stream = types.SimpleNamespace(record_event=lambda: "copied", wait_event=lambda event: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: recorded.append(tensor))
+    copies = _copies.Copies(torch.device("meta"), None, streams=True)
+    given = {name: tensor for name, tensor in inputs().items() if name != "nested"}  # "meta" has none
+    there = copies.arrive(*copies.begin(given))
+    assert {name: (t.device.type, t.shape, t.layout) for name, t in there.items()} == {
+        name: ("meta", t.shape, t.layout) for name, t in given.items()
+    }
+    assert len(pinned) == len(recorded) == len(given) - 1
+    assert not any(tensor.is_sparse for tensor in recorded)
 
 
 # ---------------------------------------------------------------- on a GPU
@@ -610,7 +711,7 @@ class TestOnAGpu:
                 assert_equal(upload(packed, sources, _device.ring_of(cuda), locked=lock), source)
             lock.close()
             assert lock.ranges == []
-        with pytest.raises(errors.ZeroCopyError, match="cannot be page-locked"):
+        with pytest.raises(errors.ZeroCopyError, match=r"cannot be page-locked \(cudaHostRegister: [a-z]"):
             _device.PageLock(cuda, [(1 << 46, (1 << 46) + 8192)], None)
         assert torch.ones(3, device=cuda).sum() == 3  # the failed call is not reported to the next
 
@@ -620,3 +721,18 @@ class TestOnAGpu:
         packed = _layout.pack(tensors())
         upload(packed, stored(packed), _device.ring_of(cuda))
         assert os.sched_getaffinity(0) == before
+
+    @pytest.mark.parametrize("streams", [False, True])
+    def test_inputs_and_outputs(self, cuda: torch.device, streams: bool) -> None:
+        """Inputs of any kind go to the GPU and come back as they were, in rounds that reuse one another's memory."""
+        copies = _copies.Copies(cuda, None, streams=streams)
+        with torch.inference_mode():
+            for _ in range(20):
+                given = inputs()
+                there = copies.arrive(*copies.begin(given))
+                assert {t.device for t in there.values()} == {cuda}
+                back = copies.end(*copies.leave(there))
+                for name, have in back.items():
+                    assert have.device.type == "cpu"
+                    pair = [t.to_padded_tensor(0) if t.is_nested else t.to_dense() for t in (have, given[name])]
+                    assert torch.equal(*pair), name
