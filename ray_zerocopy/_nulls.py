@@ -110,22 +110,20 @@ def without_values(batch: pa.Table, errors: dict[int, str], like: pa.Schema, pas
     return _with_errors(table, batch, errors)
 
 
-def completed(tables: list[Any], like: pa.Schema | None) -> list[Any]:
-    """Return the parts of a batch, those that failed before the columns were known with all columns."""
-    if like is None:
-        return tables
+def completed(
+    parts: list[tuple[range, pa.Table]], batch: pa.Table, like: pa.Schema, passed: Collection[str]
+) -> list[tuple[range, pa.Table]]:
+    """Return the parts of a batch, those that failed before the columns were known now with all columns."""
     return [
-        pa.Table.from_arrays(
-            [
-                part[field.name] if field.name in part.column_names else _no_values(field.type, len(part))
-                for field in like
-            ],
-            schema=like,
-        )
-        if set(part.column_names) < set(like.names)
-        else part
-        for part in tables
+        (part, without_values(batch.slice(part.start, len(part)), _errors_in(rows), like, passed))
+        if set(rows.column_names) < set(like.names)
+        else (part, rows)
+        for part, rows in parts
     ]
+
+
+def _errors_in(rows: pa.Table) -> dict[int, str]:
+    return {row: said for row, said in enumerate(rows[ERROR_COLUMN].to_pylist()) if said is not None}
 
 
 def check_no_errors_yet(columns: Iterable[str], name: str) -> None:
@@ -137,7 +135,14 @@ def check_no_errors_yet(columns: Iterable[str], name: str) -> None:
 
 
 def _memory(column: pa.ChunkedArray) -> list[Any]:
-    return [column.type, *((c.offset, len(c), [b and b.address for b in c.buffers()]) for c in column.chunks)]
+    return [
+        column.type,
+        *(
+            (array.offset, len(array), [buffer and buffer.address for buffer in array.buffers()])
+            for chunk in column.chunks
+            for array in ([chunk, chunk.dictionary] if pa.types.is_dictionary(column.type) else [chunk])
+        ),
+    ]
 
 
 def _with_errors(rows: pa.Table, batch: pa.Table, errors: dict[int, str]) -> pa.Table:
@@ -172,18 +177,7 @@ def _no_values(kind: pa.DataType, rows: int) -> Any:
     stored = kind.storage_type
     if pa.types.is_struct(stored):
         return pa.ExtensionArray.from_storage(kind, pa.array([{"data": [], "shape": [0] * kind.ndim}] * rows, stored))
-    size = math.prod(kind.shape)
     item = kind.value_type
-    if pa.types.is_floating(item):
-        items = pa.array(np.full(rows * size, np.nan, item.to_pandas_dtype()))
-    else:
-        items = pa.Array.from_buffers(
-            item, rows * size, [None, pa.py_buffer(bytes(rows * size * item.bit_width // 8 + 1))]
-        )
-    if pa.types.is_fixed_size_list(stored):
-        array = pa.FixedSizeListArray.from_arrays(items, type=stored)
-    else:
-        large = pa.types.is_large_list(stored)
-        offsets = pa.array(np.arange(rows + 1) * size, pa.int64() if large else pa.int32())
-        array = (pa.LargeListArray if large else pa.ListArray).from_arrays(offsets, items, type=stored)
-    return pa.ExtensionArray.from_storage(kind, array)
+    value = np.nan if pa.types.is_floating(item) else 0
+    row = pa.array([np.full(math.prod(kind.shape), value, item.to_pandas_dtype())], stored)
+    return pa.ExtensionArray.from_storage(kind, row.take(pa.array(np.zeros(rows, dtype=np.int64))))

@@ -324,8 +324,10 @@ class ZeroCopyPredictor:
             parts = [first] if inspect.isgenerator(first[1]) else [first, *results]
             if any(inspect.isgenerator(rows) for _, rows in parts):
                 return self._from_generators(itertools.chain(parts, results), len(table))
+        if self.on_error == "null":
+            parts = self._with_all_columns(parts, table)
         self._completed()
-        return first[1] if len(parts) == 1 else joined(_nulls.completed([rows for _, rows in parts], self._schema))
+        return parts[0][1] if len(parts) == 1 else joined([rows for _, rows in parts])
 
     def _from_generators(self, results: Iterator[tuple[range, Any]], end: int) -> Iterator[Any]:
         """Yield the rows of each part's generator; its code runs when Ray Data asks for rows."""
@@ -437,8 +439,9 @@ class ZeroCopyPredictor:
                 rows = self.postprocess(self._copies.end(part.values, part.event), part.good)
                 rows = rows if inspect.isgenerator(rows) else to_rows(rows, name)
                 if self.on_error == "null":
-                    rows, self._passed = _nulls.with_nulls(rows, part.good, part.batch, part.errors, name)
-                    self._schema = rows.schema
+                    rows, passed = _nulls.with_nulls(rows, part.good, part.batch, part.errors, name)
+                    if len(rows):  # without rows any two columns are the same memory
+                        self._schema, self._passed = rows.schema, passed
         if part.errors and not self.totals.failed_rows:
             said = next(iter(part.errors.values()))
             _log(f"{name}: preprocess failed for {len(part.errors)} of {len(part.batch)} rows, the first with {said}")
@@ -452,12 +455,18 @@ class ZeroCopyPredictor:
         written = _is_written(type(self), "postprocess")
         kept = part.batch.select([]) if written else _defaults.kept(part.batch, self.keep_columns, name)
         _nulls.check_no_errors_yet(kept.column_names, name)
-        _log(
-            f"{name}: preprocess failed for all {len(part.batch)} rows before any row went through, so these rows go "
-            f"on with the columns {', '.join(map(repr, [*kept.column_names, _nulls.ERROR_COLUMN]))} alone.",
-            logging.WARNING,
-        )
         return _nulls.without_values(part.batch, part.errors, kept.schema, kept.column_names)
+
+    def _with_all_columns(self, parts: list[tuple[range, pa.Table]], batch: pa.Table) -> list[tuple[range, pa.Table]]:
+        if self._schema is not None:
+            return _nulls.completed(parts, batch, self._schema, self._passed)
+        if len(batch):
+            _log(
+                f"{_name(type(self))}: preprocess failed for all {len(batch)} rows before any row went through, so "
+                f"these rows go on with the columns {', '.join(map(repr, parts[0][1].column_names))} alone.",
+                logging.WARNING,
+            )
+        return parts
 
     def _make_room(self) -> None:
         self.totals.count(retries=1)

@@ -686,13 +686,13 @@ class EvenTensors(ZeroCopyPredictor):
 
     def postprocess(self, outputs: torch.Tensor, batch: pa.Table) -> Any:
         x = outputs - 1
-        columns = {"float": x.expand(-1, 2), "int": x.long().expand(-1, 2)}
+        columns = {"float": x.expand(-1, 2), "int": x.long().expand(-1, 2), "void": torch.empty(len(x), 0)}
         if not self.native:  # Arrow's own tensors hold no bools
             columns["bool"] = x.expand(-1, 2) > 1
         return {"id": batch["id"], **columns, "varied": [row[None].expand(2, int(row) + 1) for row in x]}
 
 
-NO_VALUE = {"float": [np.nan] * 2, "int": [0, 0], "bool": [False] * 2, "varied": np.zeros((0, 0))}
+NO_VALUE = {"void": [], "float": [np.nan] * 2, "int": [0, 0], "bool": [False] * 2, "varied": np.zeros((0, 0))}
 
 
 @pytest.mark.parametrize("form", ["V1", "V2", "ARROW_NATIVE"])
@@ -714,7 +714,13 @@ def test_on_error_null_leaves_tensors_in_their_rows(
         assert len(rows) == 12
         for row in rows:
             x = int(row["id"])
-            expected = {"float": [x] * 2, "int": [x] * 2, "bool": [x > 1] * 2, "varied": np.full((2, x + 1), x)}
+            expected = {
+                "void": [],
+                "float": [x] * 2,
+                "int": [x] * 2,
+                "bool": [x > 1] * 2,
+                "varied": np.full((2, x + 1), x),
+            }
             for name in set(expected) & set(good.column_names):
                 value = (NO_VALUE if x % 2 else expected)[name]
                 np.testing.assert_array_equal(np.asarray(row[name]), value)
@@ -757,6 +763,47 @@ def test_on_error_null_keeps_only_what_was_passed_on(model_ref: ModelRef) -> Non
     for table in (mixed, failed):
         assert table.schema.equals(good.schema, check_metadata=True)
     assert [field.nullable for field in good.schema] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("size", [None, 1, 2])
+def test_on_error_null_when_the_first_part_fails(
+    size: int | None, model_ref: ModelRef, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Parts that fail wholly before the columns are known keep what was passed on, as the whole batch does."""
+    predictor = NoMultiplesOfSeven(model_ref, on_error="null", micro_batch_size=size)
+    rows = predictor({"x": np.array([7, 14, 1, 2])})
+    assert rows.column_names == ["x", "y", "error"]
+    assert rows["x"].to_pylist() == [7, 14, 1, 2]
+    assert rows["y"].to_pylist() == [None, None, 2.0, 3.0]
+    assert rows["error"].to_pylist() == [seven(7), seven(14), None, None]
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_on_error_null_after_an_empty_batch(model_ref: ModelRef) -> None:
+    """A batch without rows does not make the input's values stand for outputs of the same name."""
+
+    class Overwrites(NoMultiplesOfSeven):
+        def postprocess(self, outputs: torch.Tensor, batch: pa.Table) -> Any:
+            return batch.set_column(1, "s", pa.array([0.0] * len(batch), pa.float64()))
+
+    predictor = Overwrites(model_ref, on_error="null")
+    for x in ([1, 2], []):
+        predictor(pa.table({"x": pa.array(x, pa.int64()), "s": pa.array([5.0] * len(x), pa.float64())}))
+    assert predictor(pa.table({"x": [7], "s": [5.0]}))["s"].to_pylist() == [None]
+
+
+def test_on_error_null_tells_dictionaries_apart(model_ref: ModelRef) -> None:
+    """A column of the same codes with other words is an output, and comes out as postprocess made it."""
+
+    class Translates(NoMultiplesOfSeven):
+        def postprocess(self, outputs: torch.Tensor, batch: pa.Table) -> Any:
+            codes = batch["word"].chunk(0).indices
+            return batch.set_column(1, "word", pa.DictionaryArray.from_arrays(codes, ["oui", "non"]))
+
+    words = pa.array(["yes", "no", "no"]).dictionary_encode()
+    predictor = Translates(model_ref, on_error="null")
+    assert predictor(pa.table({"x": [1, 2, 3], "word": words}))["word"].to_pylist() == ["oui", "non", "non"]
+    assert predictor(pa.table({"x": [1, 7, 3], "word": words}))["word"].to_pylist() == ["oui", None, "non"]
 
 
 def test_on_error_null_when_all_rows_fail_first(model_ref: ModelRef, caplog: pytest.LogCaptureFixture) -> None:
