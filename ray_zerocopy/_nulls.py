@@ -177,7 +177,10 @@ def _no_values(kind: pa.DataType, rows: int) -> Any:
     stored = kind.storage_type
     if pa.types.is_struct(stored):
         return pa.ExtensionArray.from_storage(kind, pa.array([{"data": [], "shape": [0] * kind.ndim}] * rows, stored))
-    item = kind.value_type
-    value = np.nan if pa.types.is_floating(item) else 0
-    row = pa.array([np.full(math.prod(kind.shape), value, item.to_pandas_dtype())], stored)
+    item, size = kind.value_type, math.prod(kind.shape)
+    if pa.types.is_floating(item):
+        items = pa.array(np.full(size, np.nan, item.to_pandas_dtype()))
+    else:  # numbers, bools, times, and the bytes of Ray's tensors of text
+        items = pa.Array.from_buffers(item, size, [None, pa.py_buffer(bytes(size * item.bit_width // 8 + 1))])
+    row = pa.ListArray.from_arrays(pa.array([0, size], pa.int32()), items).cast(stored)
     return pa.ExtensionArray.from_storage(kind, row.take(pa.array(np.zeros(rows, dtype=np.int64))))

@@ -687,12 +687,20 @@ class EvenTensors(ZeroCopyPredictor):
     def postprocess(self, outputs: torch.Tensor, batch: pa.Table) -> Any:
         x = outputs - 1
         columns = {"float": x.expand(-1, 2), "int": x.long().expand(-1, 2), "void": torch.empty(len(x), 0)}
-        if not self.native:  # Arrow's own tensors hold no bools
+        if not self.native:  # Arrow's own tensors hold no bools and no text
             columns["bool"] = x.expand(-1, 2) > 1
+            columns["text"] = np.array([["yes", "no"]] * len(x))
         return {"id": batch["id"], **columns, "varied": [row[None].expand(2, int(row) + 1) for row in x]}
 
 
-NO_VALUE = {"void": [], "float": [np.nan] * 2, "int": [0, 0], "bool": [False] * 2, "varied": np.zeros((0, 0))}
+NO_VALUE = {
+    "void": [],
+    "float": [np.nan] * 2,
+    "int": [0, 0],
+    "bool": [False] * 2,
+    "text": [""] * 2,
+    "varied": np.zeros((0, 0)),
+}
 
 
 @pytest.mark.parametrize("form", ["V1", "V2", "ARROW_NATIVE"])
