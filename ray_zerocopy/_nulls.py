@@ -26,6 +26,7 @@ __all__ = [
     "check_no_errors_yet",
     "completed",
     "failing_rows",
+    "no_rows",
     "with_nulls",
     "without",
     "without_values",
@@ -51,6 +52,12 @@ def failing_rows(preprocess: Callable[[pa.Table], Any], batch: pa.Table, error: 
         except Exception as part_error:
             found |= {begin + row: said for row, said in failing_rows(preprocess, part, part_error).items()}
     return found
+
+
+def no_rows(batch: pa.Table) -> pa.Table:
+    """Return a table without rows, with numbers where a column has nothing but nulls: its rows fail, not its type."""
+    fields = (field.with_type(pa.float32()) if pa.types.is_null(field.type) else field for field in batch.schema)
+    return pa.schema(fields).empty_table()
 
 
 def without(batch: pa.Table, rows: Iterable[int]) -> pa.Table:
@@ -99,13 +106,15 @@ def with_nulls(
 
 def without_values(batch: pa.Table, errors: dict[int, str], like: pa.Schema, passed: Collection[str]) -> pa.Table:
     """Return the output for a batch of which every row failed, in the columns of an earlier output."""
-    fields = [field for field in like if field.name != ERROR_COLUMN]
-    columns = [
-        batch[field.name]
-        if field.name in passed and field.name in batch.column_names and batch[field.name].type == field.type
-        else _no_values(field.type, len(batch))
-        for field in fields
-    ]
+    fields, columns = [], []
+    for field in like:
+        if field.name == ERROR_COLUMN:
+            continue
+        own = batch[field.name] if field.name in passed and field.name in batch.column_names else None
+        if own is None or pa.types.is_null(own.type):
+            own = _no_values(field.type, len(batch))
+        fields.append(field.with_type(own.type))
+        columns.append(own)
     table = pa.Table.from_arrays(columns, schema=pa.schema(fields, like.metadata))
     return _with_errors(table, batch, errors)
 

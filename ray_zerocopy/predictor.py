@@ -407,7 +407,7 @@ class ZeroCopyPredictor:
                 if self.on_error == "raise" or not len(batch):
                     raise
                 if not _is_written(type(self), "preprocess"):
-                    self.preprocess(batch.slice(0, 0))  # raises if it is the column that is wrong, not a row
+                    self.preprocess(_nulls.no_rows(batch))  # raises if it is the column that is wrong, not a row
                 part.errors = _nulls.failing_rows(self.preprocess, batch, error)
                 part.good = _nulls.without(batch, part.errors)
                 if part.all_failed:

@@ -800,6 +800,13 @@ def test_on_error_null_after_an_empty_batch(model_ref: ModelRef) -> None:
     assert predictor(pa.table({"x": [7], "s": [5.0]}))["s"].to_pylist() == [None]
 
 
+def test_on_error_null_keeps_columns_of_another_type(model_ref: ModelRef) -> None:
+    """Blocks may differ in the type of a column: what is passed on is kept also where every row of a batch fails."""
+    predictor = NoMultiplesOfSeven(model_ref, on_error="null")
+    predictor(pa.table({"x": [1, 2], "s": [1, 2]}))
+    assert predictor(pa.table({"x": [7, 14], "s": [0.5, 1.5]}))["s"].to_pylist() == [0.5, 1.5]
+
+
 def test_on_error_null_tells_dictionaries_apart(model_ref: ModelRef) -> None:
     """A column of the same codes with other words is an output, and comes out as postprocess made it."""
 
@@ -882,6 +889,9 @@ def test_on_error_null_is_not_for_columns(model_ref: ModelRef) -> None:
     values = pa.FixedSizeListArray.from_arrays(pa.array([1.0, 2.0]), 1)
     rows = predictor(pa.table({"x": values.take(pa.array([0, None, 1]))}))
     assert [said is None for said in rows["error"].to_pylist()] == [True, False, True]
+    only_nulls = predictor(pa.table({"x": pa.nulls(2)}))  # as Ray Data reads a block without a value
+    assert only_nulls.schema == rows.schema
+    assert only_nulls["error"].null_count == 0
     with pytest.raises(ValueError, match=r"ZeroCopyPredictor.input_columns: the batch has no column 'x'"):
         predictor(pa.table({"z": values}))
     with pytest.raises(TypeError, match="no tensor form"):
