@@ -182,8 +182,7 @@ class ZeroCopyPredictor:
         self.model = self.loaded.model
         self.device = self.loaded.device
         name = _name(type(self))
-        default_inputs = not _is_written(type(self), "preprocess")
-        self._dtypes = _defaults.plan_dtypes(self.model, self.dtype, default_inputs, name)
+        self._dtypes = _defaults.plan_dtypes(self.model, self.dtype, self.input_columns is not None, name)
         if self.compile:
             _defaults.compile_model(self.model, self.compile, name)
         streams = self.device.type == "cuda" and self.micro_batch_size is not None

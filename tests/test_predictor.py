@@ -345,6 +345,23 @@ def test_input_columns(columns: Any, two: tuple[Two, ModelRef]) -> None:
     assert (rows["p"].combine_chunks().to_numpy_ndarray() == expected["product"].numpy()).all()
 
 
+def test_input_columns_with_a_preprocess_on_top(two: tuple[Two, ModelRef]) -> None:
+    """A subclass that goes on from the default inputs has them cast to the weights' dtype all the same."""
+
+    class Halved(ZeroCopyPredictor):
+        input_columns = ("a", "b")
+        output_column: Any = {"sum": "s"}  # noqa: RUF012
+
+        def preprocess(self, batch: pa.Table) -> dict[str, torch.Tensor]:
+            a, b = super().preprocess(batch)
+            return {"a": a / 2, "b": b}
+
+    model, ref = two
+    with torch.inference_mode():
+        expected = model(A / 2, torch.arange(5))["sum"]
+    assert Halved(ref)(PAIRS)["s"].to_pylist() == expected.tolist()
+
+
 @pytest.mark.parametrize(
     ("keep", "names"),
     [(True, ["a", "b", "name"]), (False, []), ((), []), (["name"], ["name"]), ("b", ["b"])],
@@ -1039,8 +1056,3 @@ def test_ray_datas_own_inference_class_can_load(model_ref: ModelRef) -> None:
                 return {"y": self.model(torch.from_numpy(batch["x"]).float()[:, None])[:, 0].numpy()}
 
     assert column(numbers().map_batches(Own, fn_constructor_args=[model_ref], **POOL), "y") == EXPECTED
-
-
-def test_the_module_is_importable() -> None:
-    """The predictors of these tests are where Ray finds them by name, not in `__main__`."""
-    assert predictors.AddOne.__module__ == "predictors"
