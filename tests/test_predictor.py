@@ -240,10 +240,12 @@ def test_tensor_columns_survive_as_arrow(model_ref: ModelRef) -> None:
     Sees(model_ref)({"x": np.arange(2), "image": np.ones((2, 3, 4), dtype=np.uint8)})
 
 
-@pytest.mark.parametrize("batch", [[1, 2], {"x": 3}, 7])
+@pytest.mark.parametrize(
+    "batch", [[1, 2], {"x": 3}, {"x": [1, 2], "s": "text"}, {"x": [1, 2], "y": [3]}, {"s": "t"}, 7]
+)
 def test_what_is_no_batch(batch: Any, model_ref: ModelRef) -> None:
     """A row, or anything else that is no batch, is a TypeError that says where the class belongs."""
-    with pytest.raises(TypeError, match=r"AddOne got a .*map_batches"):
+    with pytest.raises(TypeError, match=r"(?s)AddOne got a .*map_batches"):
         AddOne(model_ref)(batch)
 
 
