@@ -10,8 +10,9 @@ floating items, of zeros for others, and an empty one in a column of variable sh
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,18 @@ def without(batch: pa.Table, rows: Iterable[int]) -> pa.Table:
     """Return the batch without some of its rows."""
     keep = np.ones(len(batch), dtype=bool)
     keep[list(rows)] = False
-    return batch.filter(pa.array(keep))
+    try:
+        return batch.filter(pa.array(keep))
+    except pa.ArrowNotImplementedError:  # of text as views, which polars writes to Parquet (pyarrow 26)
+        return pa.concat_tables([batch.slice(begin, count) for good, begin, count in _runs(keep) if good])
+
+
+def _runs(place: npt.NDArray[np.bool_]) -> Iterator[tuple[bool, int, int]]:
+    begin = 0
+    for value, same in itertools.groupby(place.tolist()):
+        count = len(list(same))
+        yield value, begin, count
+        begin += count
 
 
 def with_nulls(
@@ -173,7 +185,14 @@ def _spread(column: pa.ChunkedArray, place: npt.NDArray[np.bool_]) -> Any:
     """Return the column with its rows where `place` is, and no values between them."""
     kind, taken = column.type, np.cumsum(place) - 1
     if not _is_tensor(kind):
-        return column.take(pa.array(taken, mask=~place))
+        try:
+            return column.take(pa.array(taken, mask=~place))
+        except pa.ArrowNotImplementedError:  # as in `without`
+            pieces = [
+                column.slice(taken[begin], count).chunks if good else [pa.nulls(count, kind)]
+                for good, begin, count in _runs(place)
+            ]
+            return pa.chunked_array([chunk for piece in pieces for chunk in piece], kind)
     taken[~place] = len(column)
     stored = pa.concat_arrays([*(chunk.storage for chunk in column.chunks), _no_values(kind, 1).storage])
     return pa.ExtensionArray.from_storage(kind, stored.take(pa.array(taken)))

@@ -826,6 +826,23 @@ def test_on_error_null_keeps_columns_of_another_type(model_ref: ModelRef) -> Non
     assert predictor(pa.table({"x": [7, 14], "s": [0.5, 1.5]}))["s"].to_pylist() == [0.5, 1.5]
 
 
+def test_on_error_null_takes_text_as_views(model_ref: ModelRef) -> None:
+    """Text as polars writes it to Parquet, which Arrow cannot filter, is kept, and made, like any other."""
+
+    class Shouts(NoMultiplesOfSeven):
+        def postprocess(self, outputs: torch.Tensor, batch: pa.Table) -> Any:
+            loud = pa.array([text.upper() for text in batch["text"].to_pylist()], pa.string_view())
+            return batch.append_column("loud", loud)
+
+    x = [7, 14, 1, 2, 21, 3]
+    batch = pa.table({"x": x, "text": pa.array([f"number {n}" for n in x], pa.string_view())})
+    predictor = Shouts(model_ref, on_error="null")
+    good, mixed = predictor(batch.slice(2, 2)), predictor(batch)
+    assert mixed.schema == good.schema
+    assert mixed["text"].to_pylist() == batch["text"].to_pylist()
+    assert mixed["loud"].to_pylist() == [None if seven(n) else f"NUMBER {n}" for n in x]
+
+
 def test_on_error_null_tells_dictionaries_apart(model_ref: ModelRef) -> None:
     """A column of the same codes with other words is an output, and comes out as postprocess made it."""
 
