@@ -6,9 +6,11 @@ import gc
 import subprocess
 import sys
 import time
+from collections import OrderedDict, UserDict
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from types import MappingProxyType, SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -32,6 +34,7 @@ from predictors import (
 from ray.data import ActorPoolStrategy
 from torch import nn
 from torch._dynamo.utils import counters
+from transformers import BatchEncoding
 from transformers.modeling_outputs import BaseModelOutput
 
 from ray_zerocopy import (
@@ -42,6 +45,7 @@ from ray_zerocopy import (
     prepare_model_for_actors,
     rewrite_pipeline_for_actors,
 )
+from ray_zerocopy._copies import map_tensors
 
 
 @pytest.fixture(scope="module")
@@ -253,6 +257,56 @@ def test_what_is_no_batch(batch: Any, model_ref: ModelRef) -> None:
 def test_predict(cls: type[ZeroCopyPredictor], expected: float, model_ref: ModelRef) -> None:
     """Mappings become keyword arguments, and predict can be overridden."""
     assert cls(model_ref)({"x": np.zeros(1)}).column("y").to_pylist() == [expected]
+
+
+class Pair(NamedTuple):
+    """Holds a tensor beside another thing."""
+
+    ids: torch.Tensor
+    name: str
+
+
+@dataclass(frozen=True)
+class Held:
+    """Holds tensors deeper inside."""
+
+    inner: Any
+
+
+ONE = torch.ones(2)
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ([ONE, (ONE, 3)], lambda x: [x[0], x[1][0]]),
+        ({"a": {"b": [ONE]}, "c": "text"}, lambda x: [x["a"]["b"][0]]),
+        (OrderedDict(a=ONE), lambda x: [x["a"]]),
+        (UserDict(a=ONE), lambda x: [x["a"]]),
+        (MappingProxyType({"a": ONE}), lambda x: [x["a"]]),
+        (BatchEncoding({"a": ONE}), lambda x: [x["a"]]),
+        (BaseModelOutput(last_hidden_state=ONE, hidden_states=(ONE,)), lambda x: [x[0], x.hidden_states[0]]),
+        (Pair(ONE, "name"), lambda x: [x.ids]),
+        (Held([ONE]), lambda x: x.inner),
+        (nn.utils.rnn.pack_sequence([ONE]), lambda x: [x.data]),
+    ],
+    ids=lambda values: type(values).__name__,
+)
+def test_tensors_are_moved_wherever_they_are(values: Any, found: Any) -> None:
+    """Every tensor that preprocess or predict returns is changed, in a holder of its type, and not in the old."""
+    moved = map_tensors(values, lambda tensor: tensor + 1)
+    assert type(moved) is (dict if isinstance(values, MappingProxyType) else type(values))
+    assert all((tensor == 2).all() for tensor in found(moved))
+    assert all((tensor == 1).all() for tensor in found(values))
+    assert map_tensors(values, lambda tensor: tensor) is values
+
+
+def test_packed_sequences_are_moved() -> None:
+    """What torch packs for an RNN goes to a device but for the sizes, which torch wants on the host."""
+    packed = nn.utils.rnn.pack_sequence([torch.ones(1), torch.ones(3)], enforce_sorted=False)
+    moved = map_tensors(packed, lambda tensor: tensor.to("meta"))
+    devices = [part.device.type for part in (moved.data, moved.batch_sizes, moved.sorted_indices)]
+    assert devices == ["meta", "cpu", "meta"]
 
 
 def test_no_model(ray_session: None) -> None:
