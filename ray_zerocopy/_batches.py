@@ -25,8 +25,10 @@ def to_arrow(batch: Any, name: str) -> pa.Table:
 
     if isinstance(batch, Mapping):
         try:
+            if texts := [key for key, value in batch.items() if isinstance(value, (str, bytes))]:
+                raise TypeError(f"{texts[0]!r} is one text, not a column")  # Arrow takes its letters for rows
             return BlockAccessor.batch_to_arrow_block(dict(batch))
-        except (pa.ArrowException, TypeError, ValueError) as error:
+        except Exception as error:  # Ray's own error for what Arrow refuses is none of Arrow's
             raise TypeError(
                 f"{name} got a mapping that is no batch of columns ({error}). It is for ds.map_batches, which "
                 f"gives many rows at a time, not for ds.map or ds.flat_map."

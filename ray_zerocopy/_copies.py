@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import PackedSequence
 
 __all__ = ["Copies", "map_tensors"]
 
@@ -120,7 +121,8 @@ def map_tensors(values: Any, function: Callable[[torch.Tensor], torch.Tensor]) -
             result[key] = value
         return result
     if isinstance(values, (list, tuple)):
-        items = [map_tensors(value, function) for value in values]
+        stays: Any = values.batch_sizes if isinstance(values, PackedSequence) else None  # torch has it on the host
+        items = [value if value is stays else map_tensors(value, function) for value in values]
         if all(new is old for new, old in zip(items, values, strict=True)):
             return values
         return type(values)(*items) if hasattr(values, "_fields") else type(values)(items)

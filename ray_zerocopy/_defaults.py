@@ -170,18 +170,18 @@ def weights_dtype(model: Any) -> torch.dtype | None:
     return found.pop() if len(found) == 1 and found <= _COMPUTED_WITH else None
 
 
-def plan_dtypes(model: Any, dtype: torch.dtype | None, default_inputs: bool, name: str) -> Dtypes:
+def plan_dtypes(model: Any, dtype: torch.dtype | None, from_columns: bool, name: str) -> Dtypes:
     """Return what `dtype` means for a model as it was shared; the weights are never cast here.
 
     Raises ValueError for a dtype that only casting the weights could meet.
     """
     own = weights_dtype(model)
     if dtype is None:
-        return Dtypes(own if default_inputs else None, None)
+        return Dtypes(own if from_columns else None, None)
     if dtype == own:
         return Dtypes(own, None)
     if dtype in _AUTOCAST:
-        return Dtypes(own if default_inputs else None, dtype)
+        return Dtypes(own if from_columns else None, dtype)
     raise ValueError(
         f"{name}.dtype is {dtype}, and the weights are {own or 'not of one floating dtype'}. Casting them in each "
         f"worker would give each a copy of its own: cast before sharing, prepare_model_for_actors(model.to({dtype}))."

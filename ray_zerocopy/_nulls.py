@@ -10,8 +10,9 @@ floating items, of zeros for others, and an empty one in a column of variable sh
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ __all__ = [
     "check_no_errors_yet",
     "completed",
     "failing_rows",
+    "no_rows",
     "with_nulls",
     "without",
     "without_values",
@@ -53,11 +55,28 @@ def failing_rows(preprocess: Callable[[pa.Table], Any], batch: pa.Table, error: 
     return found
 
 
+def no_rows(batch: pa.Table) -> pa.Table:
+    """Return a table without rows, with numbers where a column has nothing but nulls: its rows fail, not its type."""
+    fields = (field.with_type(pa.float32()) if pa.types.is_null(field.type) else field for field in batch.schema)
+    return pa.schema(fields).empty_table()
+
+
 def without(batch: pa.Table, rows: Iterable[int]) -> pa.Table:
     """Return the batch without some of its rows."""
     keep = np.ones(len(batch), dtype=bool)
     keep[list(rows)] = False
-    return batch.filter(pa.array(keep))
+    try:
+        return batch.filter(pa.array(keep))
+    except pa.ArrowNotImplementedError:  # of text as views, which polars writes to Parquet (pyarrow 26)
+        return pa.concat_tables([batch.slice(begin, count) for good, begin, count in _runs(keep) if good])
+
+
+def _runs(place: npt.NDArray[np.bool_]) -> Iterator[tuple[bool, int, int]]:
+    begin = 0
+    for value, same in itertools.groupby(place.tolist()):
+        count = len(list(same))
+        yield value, begin, count
+        begin += count
 
 
 def with_nulls(
@@ -99,33 +118,33 @@ def with_nulls(
 
 def without_values(batch: pa.Table, errors: dict[int, str], like: pa.Schema, passed: Collection[str]) -> pa.Table:
     """Return the output for a batch of which every row failed, in the columns of an earlier output."""
-    fields = [field for field in like if field.name != ERROR_COLUMN]
-    columns = [
-        batch[field.name]
-        if field.name in passed and field.name in batch.column_names and batch[field.name].type == field.type
-        else _no_values(field.type, len(batch))
-        for field in fields
-    ]
+    fields, columns = [], []
+    for field in like:
+        if field.name == ERROR_COLUMN:
+            continue
+        own = batch[field.name] if field.name in passed and field.name in batch.column_names else None
+        if own is None or pa.types.is_null(own.type):
+            own = _no_values(field.type, len(batch))
+        fields.append(field.with_type(own.type))
+        columns.append(own)
     table = pa.Table.from_arrays(columns, schema=pa.schema(fields, like.metadata))
     return _with_errors(table, batch, errors)
 
 
-def completed(tables: list[Any], like: pa.Schema | None) -> list[Any]:
-    """Return the parts of a batch, those that failed before the columns were known with all columns."""
-    if like is None:
-        return tables
+def completed(
+    parts: list[tuple[range, pa.Table]], batch: pa.Table, like: pa.Schema, passed: Collection[str]
+) -> list[tuple[range, pa.Table]]:
+    """Return the parts of a batch, those that failed before the columns were known now with all columns."""
     return [
-        pa.Table.from_arrays(
-            [
-                part[field.name] if field.name in part.column_names else _no_values(field.type, len(part))
-                for field in like
-            ],
-            schema=like,
-        )
-        if set(part.column_names) < set(like.names)
-        else part
-        for part in tables
+        (part, without_values(batch.slice(part.start, len(part)), _errors_in(rows), like, passed))
+        if set(rows.column_names) < set(like.names)
+        else (part, rows)
+        for part, rows in parts
     ]
+
+
+def _errors_in(rows: pa.Table) -> dict[int, str]:
+    return {row: said for row, said in enumerate(rows[ERROR_COLUMN].to_pylist()) if said is not None}
 
 
 def check_no_errors_yet(columns: Iterable[str], name: str) -> None:
@@ -137,7 +156,14 @@ def check_no_errors_yet(columns: Iterable[str], name: str) -> None:
 
 
 def _memory(column: pa.ChunkedArray) -> list[Any]:
-    return [column.type, *((c.offset, len(c), [b and b.address for b in c.buffers()]) for c in column.chunks)]
+    return [
+        column.type,
+        *(
+            (array.offset, len(array), [buffer and buffer.address for buffer in array.buffers()])
+            for chunk in column.chunks
+            for array in ([chunk, chunk.dictionary] if pa.types.is_dictionary(column.type) else [chunk])
+        ),
+    ]
 
 
 def _with_errors(rows: pa.Table, batch: pa.Table, errors: dict[int, str]) -> pa.Table:
@@ -159,7 +185,14 @@ def _spread(column: pa.ChunkedArray, place: npt.NDArray[np.bool_]) -> Any:
     """Return the column with its rows where `place` is, and no values between them."""
     kind, taken = column.type, np.cumsum(place) - 1
     if not _is_tensor(kind):
-        return column.take(pa.array(taken, mask=~place))
+        try:
+            return column.take(pa.array(taken, mask=~place))
+        except pa.ArrowNotImplementedError:  # as in `without`
+            pieces = [
+                column.slice(taken[begin], count).chunks if good else [pa.nulls(count, kind)]
+                for good, begin, count in _runs(place)
+            ]
+            return pa.chunked_array([chunk for piece in pieces for chunk in piece], kind)
     taken[~place] = len(column)
     stored = pa.concat_arrays([*(chunk.storage for chunk in column.chunks), _no_values(kind, 1).storage])
     return pa.ExtensionArray.from_storage(kind, stored.take(pa.array(taken)))
@@ -172,18 +205,10 @@ def _no_values(kind: pa.DataType, rows: int) -> Any:
     stored = kind.storage_type
     if pa.types.is_struct(stored):
         return pa.ExtensionArray.from_storage(kind, pa.array([{"data": [], "shape": [0] * kind.ndim}] * rows, stored))
-    size = math.prod(kind.shape)
-    item = kind.value_type
+    item, size = kind.value_type, math.prod(kind.shape)
     if pa.types.is_floating(item):
-        items = pa.array(np.full(rows * size, np.nan, item.to_pandas_dtype()))
-    else:
-        items = pa.Array.from_buffers(
-            item, rows * size, [None, pa.py_buffer(bytes(rows * size * item.bit_width // 8 + 1))]
-        )
-    if pa.types.is_fixed_size_list(stored):
-        array = pa.FixedSizeListArray.from_arrays(items, type=stored)
-    else:
-        large = pa.types.is_large_list(stored)
-        offsets = pa.array(np.arange(rows + 1) * size, pa.int64() if large else pa.int32())
-        array = (pa.LargeListArray if large else pa.ListArray).from_arrays(offsets, items, type=stored)
-    return pa.ExtensionArray.from_storage(kind, array)
+        items = pa.array(np.full(size, np.nan, item.to_pandas_dtype()))
+    else:  # numbers, bools, times, and the bytes of Ray's tensors of text
+        items = pa.Array.from_buffers(item, size, [None, pa.py_buffer(bytes(size * item.bit_width // 8 + 1))])
+    row = pa.ListArray.from_arrays(pa.array([0, size], pa.int32()), items).cast(stored)
+    return pa.ExtensionArray.from_storage(kind, row.take(pa.array(np.zeros(rows, dtype=np.int64))))

@@ -42,6 +42,7 @@ and every reader of Arrow, Parquet and Ray Data knows float32.
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -177,7 +178,7 @@ def column_to_padded(batch: pa.Table, name: str, fill: float = 0) -> tuple[torch
     Raises:
         TypeError: The column is not of lists or variable shapes, or its values have no tensor form.
         ValueError: There is no such column, or more than one; it has nulls; its rows have different numbers of
-            dimensions, or are ragged in a second dimension; an integer column cannot hold `fill`.
+            dimensions, or are ragged in a second dimension; the column's dtype cannot hold `fill`.
 
     Example:
         >>> batch = pa.table({"ids": pa.array([[5, 6, 7], [8]])})
@@ -229,12 +230,15 @@ def _place(padded: npt.NDArray[Any], values: npt.NDArray[Any], sizes: Int64s) ->
 
 def _check_fill(fill: float, dtype: torch.dtype, column: _Column) -> None:
     if dtype.is_floating_point:
-        return
-    limits = torch.iinfo(dtype)
-    if not float(fill).is_integer() or not limits.min <= fill <= limits.max:
+        limits: Any = torch.finfo(dtype)
+        fits, kind = not math.isfinite(fill) or limits.min <= fill <= limits.max, "numbers"
+    else:
+        limits = torch.iinfo(dtype)
+        fits, kind = float(fill).is_integer() and limits.min <= fill <= limits.max, "whole numbers"
+    if not fits:
         raise ValueError(
-            f"{column.label} cannot hold fill={fill}: its values are whole numbers from {limits.min} to "
-            f"{limits.max}. Give such a fill, or cast the column first."
+            f"{column.label} cannot hold fill={fill}: its values are {kind} from {limits.min} to {limits.max}. Give "
+            f"such a fill, or cast the column first."
         )
 
 

@@ -182,8 +182,7 @@ class ZeroCopyPredictor:
         self.model = self.loaded.model
         self.device = self.loaded.device
         name = _name(type(self))
-        default_inputs = not _is_written(type(self), "preprocess")
-        self._dtypes = _defaults.plan_dtypes(self.model, self.dtype, default_inputs, name)
+        self._dtypes = _defaults.plan_dtypes(self.model, self.dtype, self.input_columns is not None, name)
         if self.compile:
             _defaults.compile_model(self.model, self.compile, name)
         streams = self.device.type == "cuda" and self.micro_batch_size is not None
@@ -324,8 +323,10 @@ class ZeroCopyPredictor:
             parts = [first] if inspect.isgenerator(first[1]) else [first, *results]
             if any(inspect.isgenerator(rows) for _, rows in parts):
                 return self._from_generators(itertools.chain(parts, results), len(table))
+        if self.on_error == "null":
+            parts = self._with_all_columns(parts, table)
         self._completed()
-        return first[1] if len(parts) == 1 else joined(_nulls.completed([rows for _, rows in parts], self._schema))
+        return parts[0][1] if len(parts) == 1 else joined([rows for _, rows in parts])
 
     def _from_generators(self, results: Iterator[tuple[range, Any]], end: int) -> Iterator[Any]:
         """Yield the rows of each part's generator; its code runs when Ray Data asks for rows."""
@@ -405,7 +406,7 @@ class ZeroCopyPredictor:
                 if self.on_error == "raise" or not len(batch):
                     raise
                 if not _is_written(type(self), "preprocess"):
-                    self.preprocess(batch.slice(0, 0))  # raises if it is the column that is wrong, not a row
+                    self.preprocess(_nulls.no_rows(batch))  # raises if it is the column that is wrong, not a row
                 part.errors = _nulls.failing_rows(self.preprocess, batch, error)
                 part.good = _nulls.without(batch, part.errors)
                 if part.all_failed:
@@ -437,8 +438,9 @@ class ZeroCopyPredictor:
                 rows = self.postprocess(self._copies.end(part.values, part.event), part.good)
                 rows = rows if inspect.isgenerator(rows) else to_rows(rows, name)
                 if self.on_error == "null":
-                    rows, self._passed = _nulls.with_nulls(rows, part.good, part.batch, part.errors, name)
-                    self._schema = rows.schema
+                    rows, passed = _nulls.with_nulls(rows, part.good, part.batch, part.errors, name)
+                    if len(rows):  # without rows any two columns are the same memory
+                        self._schema, self._passed = rows.schema, passed
         if part.errors and not self.totals.failed_rows:
             said = next(iter(part.errors.values()))
             _log(f"{name}: preprocess failed for {len(part.errors)} of {len(part.batch)} rows, the first with {said}")
@@ -452,12 +454,18 @@ class ZeroCopyPredictor:
         written = _is_written(type(self), "postprocess")
         kept = part.batch.select([]) if written else _defaults.kept(part.batch, self.keep_columns, name)
         _nulls.check_no_errors_yet(kept.column_names, name)
-        _log(
-            f"{name}: preprocess failed for all {len(part.batch)} rows before any row went through, so these rows go "
-            f"on with the columns {', '.join(map(repr, [*kept.column_names, _nulls.ERROR_COLUMN]))} alone.",
-            logging.WARNING,
-        )
         return _nulls.without_values(part.batch, part.errors, kept.schema, kept.column_names)
+
+    def _with_all_columns(self, parts: list[tuple[range, pa.Table]], batch: pa.Table) -> list[tuple[range, pa.Table]]:
+        if self._schema is not None:
+            return _nulls.completed(parts, batch, self._schema, self._passed)
+        if len(batch):
+            _log(
+                f"{_name(type(self))}: preprocess failed for all {len(batch)} rows before any row went through, so "
+                f"these rows go on with the columns {', '.join(map(repr, parts[0][1].column_names))} alone.",
+                logging.WARNING,
+            )
+        return parts
 
     def _make_room(self) -> None:
         self.totals.count(retries=1)

@@ -119,15 +119,15 @@ def test_text_classification(run_here: Any, source: Any, reference: Any) -> None
 
 
 def test_image_classification(run_here: Any) -> None:
-    """All images are read, and nearly all of them right, though the network never saw them."""
-    said = run_here("examples/image_classification.py", "--limit", "100")
+    """All images are read, and nearly all of them right, though not all: the network never saw them."""
+    said = run_here("examples/image_classification.py", "--limit", "300")
     rows = [
         (int(right), int(of)) for right, of in re.findall(r"^digit \d: +(\d+) of +(\d+) right", said, re.MULTILINE)
     ]
     assert len(rows) == 10
-    assert sum(of for _, of in rows) == 100
-    assert 85 <= sum(right for right, _ in rows) < 100
-    assert f"{sum(right for right, _ in rows)} of 100 images right" in said
+    assert sum(of for _, of in rows) == 300
+    assert 255 <= sum(right for right, _ in rows) < 300
+    assert f"{sum(right for right, _ in rows)} of 300 images right" in said
 
 
 def test_two_inputs(run_here: Any, source: Any, reference: Any) -> None:

@@ -6,9 +6,11 @@ import gc
 import subprocess
 import sys
 import time
+from collections import OrderedDict, UserDict
+from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from types import MappingProxyType, SimpleNamespace
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -32,6 +34,7 @@ from predictors import (
 from ray.data import ActorPoolStrategy
 from torch import nn
 from torch._dynamo.utils import counters
+from transformers import BatchEncoding
 from transformers.modeling_outputs import BaseModelOutput
 
 from ray_zerocopy import (
@@ -42,6 +45,7 @@ from ray_zerocopy import (
     prepare_model_for_actors,
     rewrite_pipeline_for_actors,
 )
+from ray_zerocopy._copies import map_tensors
 
 
 @pytest.fixture(scope="module")
@@ -240,10 +244,12 @@ def test_tensor_columns_survive_as_arrow(model_ref: ModelRef) -> None:
     Sees(model_ref)({"x": np.arange(2), "image": np.ones((2, 3, 4), dtype=np.uint8)})
 
 
-@pytest.mark.parametrize("batch", [[1, 2], {"x": 3}, 7])
+@pytest.mark.parametrize(
+    "batch", [[1, 2], {"x": 3}, {"x": [1, 2], "s": "text"}, {"x": [1, 2], "y": [3]}, {"s": "t"}, 7]
+)
 def test_what_is_no_batch(batch: Any, model_ref: ModelRef) -> None:
     """A row, or anything else that is no batch, is a TypeError that says where the class belongs."""
-    with pytest.raises(TypeError, match=r"AddOne got a .*map_batches"):
+    with pytest.raises(TypeError, match=r"(?s)AddOne got a .*map_batches"):
         AddOne(model_ref)(batch)
 
 
@@ -251,6 +257,56 @@ def test_what_is_no_batch(batch: Any, model_ref: ModelRef) -> None:
 def test_predict(cls: type[ZeroCopyPredictor], expected: float, model_ref: ModelRef) -> None:
     """Mappings become keyword arguments, and predict can be overridden."""
     assert cls(model_ref)({"x": np.zeros(1)}).column("y").to_pylist() == [expected]
+
+
+class Pair(NamedTuple):
+    """Holds a tensor beside another thing."""
+
+    ids: torch.Tensor
+    name: str
+
+
+@dataclass(frozen=True)
+class Held:
+    """Holds tensors deeper inside."""
+
+    inner: Any
+
+
+ONE = torch.ones(2)
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [
+        ([ONE, (ONE, 3)], lambda x: [x[0], x[1][0]]),
+        ({"a": {"b": [ONE]}, "c": "text"}, lambda x: [x["a"]["b"][0]]),
+        (OrderedDict(a=ONE), lambda x: [x["a"]]),
+        (UserDict(a=ONE), lambda x: [x["a"]]),
+        (MappingProxyType({"a": ONE}), lambda x: [x["a"]]),
+        (BatchEncoding({"a": ONE}), lambda x: [x["a"]]),
+        (BaseModelOutput(last_hidden_state=ONE, hidden_states=(ONE,)), lambda x: [x[0], x.hidden_states[0]]),
+        (Pair(ONE, "name"), lambda x: [x.ids]),
+        (Held([ONE]), lambda x: x.inner),
+        (nn.utils.rnn.pack_sequence([ONE]), lambda x: [x.data]),
+    ],
+    ids=lambda values: type(values).__name__,
+)
+def test_tensors_are_moved_wherever_they_are(values: Any, found: Any) -> None:
+    """Every tensor that preprocess or predict returns is changed, in a holder of its type, and not in the old."""
+    moved = map_tensors(values, lambda tensor: tensor + 1)
+    assert type(moved) is (dict if isinstance(values, MappingProxyType) else type(values))
+    assert all((tensor == 2).all() for tensor in found(moved))
+    assert all((tensor == 1).all() for tensor in found(values))
+    assert map_tensors(values, lambda tensor: tensor) is values
+
+
+def test_packed_sequences_are_moved() -> None:
+    """What torch packs for an RNN goes to a device but for the sizes, which torch wants on the host."""
+    packed = nn.utils.rnn.pack_sequence([torch.ones(1), torch.ones(3)], enforce_sorted=False)
+    moved = map_tensors(packed, lambda tensor: tensor.to("meta"))
+    devices = [part.device.type for part in (moved.data, moved.batch_sizes, moved.sorted_indices)]
+    assert devices == ["meta", "cpu", "meta"]
 
 
 def test_no_model(ray_session: None) -> None:
@@ -343,6 +399,23 @@ def test_input_columns(columns: Any, two: tuple[Two, ModelRef]) -> None:
     assert rows.column_names == ["a", "b", "name", "p", "s"]
     assert rows.column("s").to_pylist() == expected["sum"].tolist()
     assert (rows["p"].combine_chunks().to_numpy_ndarray() == expected["product"].numpy()).all()
+
+
+def test_input_columns_with_a_preprocess_on_top(two: tuple[Two, ModelRef]) -> None:
+    """A subclass that goes on from the default inputs has them cast to the weights' dtype all the same."""
+
+    class Halved(ZeroCopyPredictor):
+        input_columns = ("a", "b")
+        output_column: Any = {"sum": "s"}  # noqa: RUF012
+
+        def preprocess(self, batch: pa.Table) -> dict[str, torch.Tensor]:
+            a, b = super().preprocess(batch)
+            return {"a": a / 2, "b": b}
+
+    model, ref = two
+    with torch.inference_mode():
+        expected = model(A / 2, torch.arange(5))["sum"]
+    assert Halved(ref)(PAIRS)["s"].to_pylist() == expected.tolist()
 
 
 @pytest.mark.parametrize(
@@ -686,13 +759,21 @@ class EvenTensors(ZeroCopyPredictor):
 
     def postprocess(self, outputs: torch.Tensor, batch: pa.Table) -> Any:
         x = outputs - 1
-        columns = {"float": x.expand(-1, 2), "int": x.long().expand(-1, 2)}
-        if not self.native:  # Arrow's own tensors hold no bools
+        columns = {"float": x.expand(-1, 2), "int": x.long().expand(-1, 2), "void": torch.empty(len(x), 0)}
+        if not self.native:  # Arrow's own tensors hold no bools and no text
             columns["bool"] = x.expand(-1, 2) > 1
+            columns["text"] = np.array([["yes", "no"]] * len(x))
         return {"id": batch["id"], **columns, "varied": [row[None].expand(2, int(row) + 1) for row in x]}
 
 
-NO_VALUE = {"float": [np.nan] * 2, "int": [0, 0], "bool": [False] * 2, "varied": np.zeros((0, 0))}
+NO_VALUE = {
+    "void": [],
+    "float": [np.nan] * 2,
+    "int": [0, 0],
+    "bool": [False] * 2,
+    "text": [""] * 2,
+    "varied": np.zeros((0, 0)),
+}
 
 
 @pytest.mark.parametrize("form", ["V1", "V2", "ARROW_NATIVE"])
@@ -714,7 +795,13 @@ def test_on_error_null_leaves_tensors_in_their_rows(
         assert len(rows) == 12
         for row in rows:
             x = int(row["id"])
-            expected = {"float": [x] * 2, "int": [x] * 2, "bool": [x > 1] * 2, "varied": np.full((2, x + 1), x)}
+            expected = {
+                "void": [],
+                "float": [x] * 2,
+                "int": [x] * 2,
+                "bool": [x > 1] * 2,
+                "varied": np.full((2, x + 1), x),
+            }
             for name in set(expected) & set(good.column_names):
                 value = (NO_VALUE if x % 2 else expected)[name]
                 np.testing.assert_array_equal(np.asarray(row[name]), value)
@@ -757,6 +844,71 @@ def test_on_error_null_keeps_only_what_was_passed_on(model_ref: ModelRef) -> Non
     for table in (mixed, failed):
         assert table.schema.equals(good.schema, check_metadata=True)
     assert [field.nullable for field in good.schema] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("size", [None, 1, 2])
+def test_on_error_null_when_the_first_part_fails(
+    size: int | None, model_ref: ModelRef, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Parts that fail wholly before the columns are known keep what was passed on, as the whole batch does."""
+    predictor = NoMultiplesOfSeven(model_ref, on_error="null", micro_batch_size=size)
+    rows = predictor({"x": np.array([7, 14, 1, 2])})
+    assert rows.column_names == ["x", "y", "error"]
+    assert rows["x"].to_pylist() == [7, 14, 1, 2]
+    assert rows["y"].to_pylist() == [None, None, 2.0, 3.0]
+    assert rows["error"].to_pylist() == [seven(7), seven(14), None, None]
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_on_error_null_after_an_empty_batch(model_ref: ModelRef) -> None:
+    """A batch without rows does not make the input's values stand for outputs of the same name."""
+
+    class Overwrites(NoMultiplesOfSeven):
+        def postprocess(self, outputs: torch.Tensor, batch: pa.Table) -> Any:
+            return batch.set_column(1, "s", pa.array([0.0] * len(batch), pa.float64()))
+
+    predictor = Overwrites(model_ref, on_error="null")
+    for x in ([1, 2], []):
+        predictor(pa.table({"x": pa.array(x, pa.int64()), "s": pa.array([5.0] * len(x), pa.float64())}))
+    assert predictor(pa.table({"x": [7], "s": [5.0]}))["s"].to_pylist() == [None]
+
+
+def test_on_error_null_keeps_columns_of_another_type(model_ref: ModelRef) -> None:
+    """Blocks may differ in the type of a column: what is passed on is kept also where every row of a batch fails."""
+    predictor = NoMultiplesOfSeven(model_ref, on_error="null")
+    predictor(pa.table({"x": [1, 2], "s": [1, 2]}))
+    assert predictor(pa.table({"x": [7, 14], "s": [0.5, 1.5]}))["s"].to_pylist() == [0.5, 1.5]
+
+
+def test_on_error_null_takes_text_as_views(model_ref: ModelRef) -> None:
+    """Text as polars writes it to Parquet, which Arrow cannot filter, is kept, and made, like any other."""
+
+    class Shouts(NoMultiplesOfSeven):
+        def postprocess(self, outputs: torch.Tensor, batch: pa.Table) -> Any:
+            loud = pa.array([text.upper() for text in batch["text"].to_pylist()], pa.string_view())
+            return batch.append_column("loud", loud)
+
+    x = [7, 14, 1, 2, 21, 3]
+    batch = pa.table({"x": x, "text": pa.array([f"number {n}" for n in x], pa.string_view())})
+    predictor = Shouts(model_ref, on_error="null")
+    good, mixed = predictor(batch.slice(2, 2)), predictor(batch)
+    assert mixed.schema == good.schema
+    assert mixed["text"].to_pylist() == batch["text"].to_pylist()
+    assert mixed["loud"].to_pylist() == [None if seven(n) else f"NUMBER {n}" for n in x]
+
+
+def test_on_error_null_tells_dictionaries_apart(model_ref: ModelRef) -> None:
+    """A column of the same codes with other words is an output, and comes out as postprocess made it."""
+
+    class Translates(NoMultiplesOfSeven):
+        def postprocess(self, outputs: torch.Tensor, batch: pa.Table) -> Any:
+            codes = batch["word"].chunk(0).indices
+            return batch.set_column(1, "word", pa.DictionaryArray.from_arrays(codes, ["oui", "non"]))
+
+    words = pa.array(["yes", "no", "no"]).dictionary_encode()
+    predictor = Translates(model_ref, on_error="null")
+    assert predictor(pa.table({"x": [1, 2, 3], "word": words}))["word"].to_pylist() == ["oui", "non", "non"]
+    assert predictor(pa.table({"x": [1, 7, 3], "word": words}))["word"].to_pylist() == ["oui", None, "non"]
 
 
 def test_on_error_null_when_all_rows_fail_first(model_ref: ModelRef, caplog: pytest.LogCaptureFixture) -> None:
@@ -827,6 +979,9 @@ def test_on_error_null_is_not_for_columns(model_ref: ModelRef) -> None:
     values = pa.FixedSizeListArray.from_arrays(pa.array([1.0, 2.0]), 1)
     rows = predictor(pa.table({"x": values.take(pa.array([0, None, 1]))}))
     assert [said is None for said in rows["error"].to_pylist()] == [True, False, True]
+    only_nulls = predictor(pa.table({"x": pa.nulls(2)}))  # as Ray Data reads a block without a value
+    assert only_nulls.schema == rows.schema
+    assert only_nulls["error"].null_count == 0
     with pytest.raises(ValueError, match=r"ZeroCopyPredictor.input_columns: the batch has no column 'x'"):
         predictor(pa.table({"z": values}))
     with pytest.raises(TypeError, match="no tensor form"):
@@ -974,8 +1129,3 @@ def test_ray_datas_own_inference_class_can_load(model_ref: ModelRef) -> None:
                 return {"y": self.model(torch.from_numpy(batch["x"]).float()[:, None])[:, 0].numpy()}
 
     assert column(numbers().map_batches(Own, fn_constructor_args=[model_ref], **POOL), "y") == EXPECTED
-
-
-def test_the_module_is_importable() -> None:
-    """The predictors of these tests are where Ray finds them by name, not in `__main__`."""
-    assert predictors.AddOne.__module__ == "predictors"
