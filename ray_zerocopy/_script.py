@@ -86,6 +86,7 @@ class _Signature(NamedTuple):
     """
 
     name: str
+    inner: str
     source: str | None
 
 
@@ -157,7 +158,7 @@ class Script(NamedTuple):
     attributes are modules, ordinary tensors, numbers, strings, and lists and tuples of these two; `mixed`, whether
     tensors of several dtypes are over one storage, which torch reads as one dtype. `cache` is 'strong' where the
     compiled code may outlive the modules made with it, 'weak' where it holds shared tensors (graph constants), and
-    'none' where a method writes to them, so that each module needs its own. `storages` has, for each storage of the
+    'none' where a method writes to them or returns them, so that each module needs its own. `storages` has, for each storage of the
     archives, which of the tensors beside it reaches all of it. Of the storages, those from `baked` on are only in
     graphs, those from `made` on only in what classes made of themselves to be saved; `private` is the bytes of
     these, which every load has of its own. `function` is what a function is called and how.
@@ -188,11 +189,10 @@ def reduce_script(module: ScriptModule | ScriptFunction[Any, Any]) -> tuple[Call
     and cannot read.
     """
     if isinstance(module, ScriptFunction):
-        signature = _signature(module)
         # copy: graph constants, the only tensors that a function can have
         unit = torch._C.CompilationUnit()
         holder = torch._C.import_ir_module_from_buffer(unit, module.save_to_buffer({}), None, {}, False)  # type: ignore[call-arg, arg-type]
-        script, tensors = _take_apart(holder, signature)
+        script, tensors = _take_apart(holder, _signature(module, holder))
         return rebuild_script, (script, tensors, {}, KEEP_FLAGS)
     script, tensors = _take_apart(module._c, None)
     return rebuild_script, (script, tensors, _script_parts.python_state(module), KEEP_FLAGS)
@@ -279,7 +279,7 @@ def _take_apart(cpp: Any, function: _Signature | None) -> tuple[Script, list[Ten
         records[_CONSTANTS.format(1)] = records[_CONSTANTS.format(0)]
         records[_DATA.format(0)] = flagless
     cache = "strong"
-    if constants and _script_parts.writes_to_constants(cpp):
+    if constants and _script_parts.lets_constants_change(cpp):
         cache = "none"
     elif records[_CONSTANTS.format(0)] != _NOTHING and not (small and private == 0):
         cache = "weak"
@@ -418,19 +418,23 @@ def _without_flags(data: bytes) -> bytes:
     return bytes(changed)
 
 
-def _signature(function: ScriptFunction[Any, Any]) -> _Signature:
+def _signature(function: ScriptFunction[Any, Any], cpp: Any) -> _Signature:
+    """Return the signature of a function, of which `cpp` is a module with that function as its forward."""
     schema: Any = function.schema
-    given, passed = [], []
+    given = []
+    names = [argument.name for argument in schema.arguments]
+    inner = "inner"
+    while inner in (function.name, *names):
+        inner += "_"
     for argument in schema.arguments:
         if argument.kwarg_only and "*" not in given:
             given.append("*")
         default = f" = {_written(argument.default_value)}" if argument.has_default_value() else ""
         given.append(f"{argument.name}: {argument.type.annotation_str}{default}")
-        passed.append(f"{argument.name}={argument.name}")
-    source = f"def {function.name}({', '.join(given)}):\n    return inner({', '.join(passed)})\n"
-    signature = _Signature(str(function.name), source)
+    source = f"def {function.name}({', '.join(given)}):\n    return {inner}({', '.join(names)})\n"
+    signature = _Signature(str(function.name), inner, source)
     try:
-        _define(signature, function)
+        _as_function(cpp, signature)
     except RuntimeError as error:
         if any(argument.has_default_value() for argument in schema.arguments):
             raise ValueError(
@@ -670,7 +674,7 @@ def _define(signature: _Signature, inner: Any) -> Any:
     if signature.source is None:
         return inner
     unit: Any = torch._C.CompilationUnit()
-    unit.define(signature.source, {"inner": inner, "torch": torch}.get)
+    unit.define(signature.source, {signature.inner: inner, "torch": torch}.get)
     function = unit.find_function(signature.name)
     torch._C._jit_pass_inline(function.graph)
     return function

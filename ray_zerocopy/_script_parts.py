@@ -15,12 +15,12 @@ __all__ = [
     "baked_bytes",
     "constants",
     "kinds",
+    "lets_constants_change",
     "modules",
     "named_tensors",
     "python_state",
     "tensors_of",
     "within",
-    "writes_to_constants",
 ]
 
 Tensor = torch.Tensor
@@ -111,14 +111,16 @@ def _function_constants(function: ScriptFunction[Any, Any]) -> Iterator[Tensor]:
         yield from (tensor for _, tensor in _constants_of(graph))
 
 
-def writes_to_constants(cpp: Any) -> bool:
-    """Tell whether a method may write to a tensor that is a constant in its graph."""
+def lets_constants_change(cpp: Any) -> bool:
+    """Tell whether a method may write to a tensor that is a constant in its graph, or let its caller do so."""
     for graph in _graphs(cpp):
         held = list(_constants_of(graph))
         if held:
             aliases = graph.alias_db()
-            if any(aliases.has_writers(value) for value, _ in held):
-                return True
+            reached = [*graph.inputs(), *graph.outputs()]
+            for value, _ in held:
+                if aliases.has_writers(value) or any(aliases.may_contain_alias(value, other) for other in reached):
+                    return True
     return False
 
 

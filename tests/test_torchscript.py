@@ -64,6 +64,27 @@ def test_defaults_without_literals(ray_session: None) -> None:
     assert torch.equal(loaded(X, fill=0.0), X)
 
 
+def inner(self: torch.Tensor, by: int = 2) -> torch.Tensor:
+    """Be a function whose names are words that the library, or TorchScript's archive, uses itself."""
+    return self * by
+
+
+def of_inner(inner: torch.Tensor, inner_: int = 2) -> torch.Tensor:
+    """Be another one."""
+    return inner * inner_
+
+
+@pytest.mark.parametrize("function", [inner, of_inner])
+def test_any_name_goes(function: Any, ray_session: None) -> None:
+    """Functions and arguments may have names that are in use inside, and keep them."""
+    source = quietly(lambda: torch.jit.script(function))
+    ref = prepare_model_for_actors(source)
+    for _ in range(3):
+        loaded = load_model_in_actor(ref)
+        assert str(loaded.schema) == str(source.schema)
+        assert torch.equal(loaded(X), X * 2)
+
+
 class Box:
     """A class of TorchScript."""
 
@@ -319,6 +340,39 @@ def test_a_written_constant_of_a_called_function_is_each_loads_own(way: str, ray
     before = said[0][0]  # what tracing has counted
     assert said == [[before, before + 1, before + 2]] * 3
     assert float(load_model_in_actor(ref)(zero)) == before
+
+
+class Table(nn.Module):
+    """Gives a row of its table to the caller, or keeps it where the caller gets at it."""
+
+    def __init__(self, size: int, keep: bool) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.zeros(size, 8))
+        self.keep = keep
+        self.last = torch.ones(8)
+
+    def forward(self, row: int) -> list[torch.Tensor]:
+        if self.keep:
+            self.last = self.table[row]
+            return []
+        return [self.table[row]]
+
+
+@pytest.mark.parametrize("size", [2, 20_000])
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_returned_constant_is_each_loads_own(keep: bool, size: int, ray_session: None) -> None:
+    """What a caller writes into a constant that it was given reaches no other load of the process."""
+    frozen = quietly(lambda: torch.jit.freeze(torch.jit.script(Table(size, keep).eval()), preserved_attrs=["last"]))
+
+    def row_of(model: Any) -> torch.Tensor:
+        (row,) = model(1) or [model.last]
+        return row
+
+    ref = prepare_model_for_actors(frozen)
+    loads = [load_model_in_actor(ref) for _ in range(3)]
+    row_of(loads[0]).fill_(5)
+    assert row_of(loads[0]).sum() == 40
+    assert all(row_of(model).sum() == 0 for model in [*loads[1:], load_model_in_actor(ref), frozen])
 
 
 def test_constants_of_called_functions_are_shared_and_counted(ray_session: None) -> None:
