@@ -155,13 +155,14 @@ class Script(NamedTuple):
 
     `code` is an archive with everything but storages, `objects` the same without code. `flagged` says whether they
     have a second set of objects in which tensors require gradients and modules train. `plain` says whether all
-    attributes are modules, ordinary tensors, numbers, strings, and lists and tuples of these two; `mixed`, whether
-    tensors of several dtypes are over one storage, which torch reads as one dtype. `cache` is 'strong' where the
-    compiled code may outlive the modules made with it, 'weak' where it holds shared tensors (graph constants), and
-    'none' where a method writes to them or returns them, so that each module needs its own. `storages` has, for each storage of the
-    archives, which of the tensors beside it reaches all of it. Of the storages, those from `baked` on are only in
-    graphs, those from `made` on only in what classes made of themselves to be saved; `private` is the bytes of
-    these, which every load has of its own. `function` is what a function is called and how.
+    attributes are modules, ordinary tensors, numbers, strings, and lists and tuples of these two, of which no method
+    makes two one; `mixed`, whether tensors of several dtypes are over one storage, which torch reads as one dtype.
+    `cache` is 'strong' where the compiled code may outlive the modules made with it, 'weak' where it holds shared
+    tensors (graph constants), and 'none' where a method writes to them or returns them, so that each module needs
+    its own. `storages` has, for each storage of the archives, which of the tensors beside it reaches all of it. Of
+    the storages, those from `baked` on are only in graphs, those from `made` on only in what classes made of
+    themselves to be saved; `private` is the bytes of these, which every load has of its own. `function` is what a
+    function is called and how.
     """
 
     key: bytes
@@ -202,6 +203,7 @@ def _take_apart(cpp: Any, function: _Signature | None) -> tuple[Script, list[Ten
     _refuse_packed_for_mkldnn(cpp)
     constants = list(_script_parts.constants(cpp))
     plain = function is None and all(_is_plain(value, kind) for value, kind in _script_parts.attributes(cpp))
+    plain = plain and not _script_parts.may_tie_lists(cpp)
     if plain and _storages(_script_parts.tensors_of(cpp)).isdisjoint(_storages(constants)):
         cpp = _compacted(cpp)
     stream = io.BytesIO()

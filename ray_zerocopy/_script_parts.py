@@ -16,6 +16,7 @@ __all__ = [
     "constants",
     "kinds",
     "lets_constants_change",
+    "may_tie_lists",
     "modules",
     "named_tensors",
     "python_state",
@@ -122,6 +123,24 @@ def lets_constants_change(cpp: Any) -> bool:
                 if aliases.has_writers(value) or any(aliases.may_contain_alias(value, other) for other in reached):
                     return True
     return False
+
+
+def may_tie_lists(cpp: Any) -> bool:
+    """Tell whether a method may make two attributes hold one list, which Python does not show."""
+    for graph in _graphs(cpp):
+        for node in graph.findAllNodes("prim::SetAttr"):
+            if _has_list(list(node.inputs())[1].type()):
+                return True
+        for operator in ("aten::append", "aten::insert", "aten::_set_item", "aten::extend", "aten::add_"):
+            for node in graph.findAllNodes(operator):
+                changed = next(node.inputs()).type()
+                if changed.kind() == "ListType" and _has_list(changed.getElementType()):
+                    return True
+    return False
+
+
+def _has_list(kind: Any) -> bool:
+    return kind.kind() == "ListType" or any(map(_has_list, kind.containedTypes()))
 
 
 # ---------------------------------------------------------------- the Python side

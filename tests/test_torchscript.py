@@ -263,6 +263,43 @@ class SlicesBeside(nn.Module):
         return self.words, self.none, self.some, self.nested
 
 
+class TiedLists(nn.Module):
+    """Holds one list under two names, or twice in another list, once `tie` was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = [1, 2]
+        self.two = [3]
+        self.both = torch.jit.Attribute([], list[list[int]])
+
+    def forward(self, number: int) -> list[list[int]]:
+        self.one.append(number)
+        return [self.one, self.two] + self.both
+
+
+class Assigns(TiedLists):
+    @torch.jit.export
+    def tie(self) -> None:
+        self.two = self.one
+
+
+class Appends(TiedLists):
+    @torch.jit.export
+    def tie(self) -> None:
+        self.both.append(self.one)
+        self.both.append(self.two)
+
+
+@pytest.mark.parametrize("kind", [Assigns, Appends])
+def test_lists_that_are_one_stay_one(kind: Any, ray_session: None) -> None:
+    """What a method made one list is one in every load."""
+    source = quietly(lambda: torch.jit.script(kind()))
+    source.tie()
+    ref = prepare_model_for_actors(source)
+    answers = [load_model_in_actor(ref)(7) for _ in range(4)]
+    assert answers == [source(7)] * 4
+
+
 class Traced(nn.Module):
     """A slice of a large storage beside a constant of the graph."""
 
