@@ -274,7 +274,9 @@ class TiedLists(nn.Module):
 
     def forward(self, number: int) -> list[list[int]]:
         self.one.append(number)
-        return [self.one, self.two] + self.both
+        answer = [self.one, self.two]
+        answer.extend(self.both)
+        return answer
 
 
 class Assigns(TiedLists):
