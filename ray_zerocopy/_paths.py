@@ -17,7 +17,7 @@ import torch
 
 from . import _script_parts
 
-__all__ = ["children", "follow", "has_default_reduce", "unpicklable", "walk"]
+__all__ = ["attributes_of", "children", "follow", "has_default_reduce", "unpicklable", "walk"]
 
 
 def children(obj: object) -> Iterator[tuple[str, Any]]:
@@ -51,12 +51,7 @@ def children(obj: object) -> Iterator[tuple[str, Any]]:
     if isinstance(obj, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
         yield from _script_parts.named_tensors(obj)
         return
-    try:
-        attributes = object.__getattribute__(obj, "__dict__")  # not what a __getattr__ or a proxy answers
-    except AttributeError:
-        attributes = None
-    if isinstance(attributes, dict):
-        yield from _named(obj, attributes)
+    yield from _named(obj, attributes_of(obj))
     for kind in type(obj).__mro__:
         if "__slots__" not in kind.__dict__:
             continue
@@ -66,6 +61,15 @@ def children(obj: object) -> Iterator[tuple[str, Any]]:
                     yield f".{_unmangled(kind, name)}", slot.__get__(obj)
                 except AttributeError:  # never set
                     continue
+
+
+def attributes_of(obj: object) -> dict[str, Any]:
+    """Return what an object has in a `__dict__` of its own, not what a `__getattr__` or a proxy answers."""
+    try:
+        attributes = object.__getattribute__(obj, "__dict__")
+    except AttributeError:
+        return {}
+    return attributes if isinstance(attributes, dict) else {}
 
 
 def _named(obj: object, attributes: dict[str, Any]) -> Iterator[tuple[str, Any]]:
