@@ -35,6 +35,7 @@ import pickle
 import sys
 import time
 import types
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -173,6 +174,8 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
     def _meet(self, obj: Any) -> Any:
         """Decide for a type that has not been met before."""
         kind = type(obj)
+        if kind in weakref.ProxyTypes:
+            raise TypeError(f"cannot pickle 'weakref.{kind.__name__}' object")  # else it passes for what it points to
         identify = self._carried_id if issubclass(kind, self.leave_out) else None
         if identify is None and self.objects:
             identify = self._carried_id_if_named

@@ -194,17 +194,28 @@ def _pickled_of(obj: object) -> Iterator[tuple[str, Any]]:
 def _deepest(
     obj: object, fails: Callable[[object], Exception | None], error: Exception
 ) -> tuple[str, object, Exception]:
-    """Follow the failing child from `obj` down to the one none of whose own children fails."""
-    path, current, reason = "", obj, error
+    """Follow the failing child from `obj` down to the one none of whose own children fails.
+
+    What leads back to where the search came from may fail for that alone: other children are tried before it.
+    """
+    way = [("", obj, error, _pickled_of(obj))]
     seen = {id(obj)}
-    while True:
-        for step, child in _pickled_of(current):
+    instead = None
+    while way:
+        path, current, reason, left = way[-1]
+        leads_back = False
+        for step, child in left:
+            leads_back = leads_back or id(child) in seen
             if id(child) in seen or isinstance(child, _LEAVES):
                 continue
             failure = fails(child)
             if failure is not None:
                 seen.add(id(child))
-                path, current, reason = path + step, child, failure
+                way.append((path + step, child, failure, _pickled_of(child)))
                 break
         else:
-            return path, current, reason
+            if not leads_back:
+                return path, current, reason
+            instead = instead or (path, current, reason)
+            way.pop()
+    return instead or ("", obj, error)

@@ -280,6 +280,16 @@ def class_with_lock() -> type:
         (lambda m: setattr(m, "make", lambda_with_lock()), r"Sequential\.make\.<closure lock> is a _thread\.lock"),
         (lambda m: setattr(m[0], "owner", weakref.ref(m)), r"Sequential\.0\.owner is a weakref\.ReferenceType"),
         (
+            lambda m: vars(m[0]).update(owner=weakref.proxy(m)),
+            r"Sequential\.0\.owner is a weakref\.CallableProxyType",
+        ),
+        (lambda m: vars(m[0]).update(owner=weakref.proxy(m[0].weight)), r"Sequential\.0\.owner is a weakref\.Proxy"),
+        (
+            lambda m: vars(m[0]).update(o=(p := [m]), q=[p], z=threading.Lock()),
+            r"Sequential\.0\.z is a _thread\.lock",
+        ),
+        (lambda m: vars(m[0]).update(owner=[m, threading.Lock()]), r"Sequential\.0\.owner\[1\] is a _thread\.lock"),
+        (
             lambda m: m[0].register_forward_hook(hook_with_lock()),
             r"Sequential\.0\._forward_hooks\[\d+\]\.<default lock>",
         ),
