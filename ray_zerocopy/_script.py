@@ -33,14 +33,13 @@ from __future__ import annotations
 import io
 import math
 import pickle
-import pickletools
 import threading
 import types
 import uuid
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch.jit import ScriptFunction, ScriptModule
@@ -274,7 +273,7 @@ def _take_apart(cpp: Any, function: _Signature | None) -> tuple[Script, list[Ten
             whole[number] = len(tensors)
             tensors.append(torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage))
         storages.append(whole[number])
-    flagless = _without_flags(records[_DATA.format(0)])
+    flagless = _without_flags(records[_DATA.format(0)], cpp)
     flagged = flagless != records[_DATA.format(0)]
     if flagged:
         records[_DATA.format(1)] = records[_DATA.format(0)]
@@ -386,37 +385,65 @@ def _archive(records: dict[str, bytes]) -> bytes:
     return stream.getvalue()
 
 
-def _without_flags(data: bytes) -> bytes:
-    """Return a pickle of TorchScript objects in which no tensor requires a gradient and no module trains.
+class _Flag(NamedTuple):
+    """A bool in a pickle, by its place there."""
 
-    A tensor is a storage (a persistent id, or the memo of one), numbers, and then requires_grad: the first bool
-    that follows. A module has a bool after the word training.
-    """
+    position: int
+
+
+class _Object:
+    """Stands for whatever a pickle makes by calling a class or function."""
+
+    state: Any = None
+
+    def __init__(self, *given: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+_InPython: Any = pickle._Unpickler  # the one that reads byte by byte
+
+
+class _Flags(_InPython):  # type: ignore[misc]
+    """Reads a pickle of TorchScript objects, and notes where the flags of its tensors are."""
+
+    def __init__(self, data: bytes) -> None:
+        self.stream = io.BytesIO(data)
+        super().__init__(self.stream)
+        self.of_tensors: list[_Flag] = []
+
+    def persistent_load(self, pid: Any) -> None:
+        return None
+
+    def find_class(self, module: str, name: str) -> Any:
+        return self._tensor if module == "torch._utils" else _Object
+
+    def _tensor(self, *given: Any) -> _Object:
+        self.of_tensors += [value for value in given if isinstance(value, _Flag)]
+        return _Object()
+
+    def _flag(self) -> None:
+        self.append(_Flag(self.stream.tell() - 1))
+
+    dispatch: ClassVar[dict[int, Any]] = {**_InPython.dispatch, pickle.NEWTRUE[0]: _flag, pickle.NEWFALSE[0]: _flag}
+
+
+def _without_flags(data: bytes, cpp: Any) -> bytes:
+    """Return a pickle of a module in which no tensor requires a gradient and no module trains."""
+    reader = _Flags(data)
+    held = reader.load().state["held"]
+    flags = reader.of_tensors
+    pending = [(held, cpp)]
+    while pending:
+        made, module = pending.pop()
+        if isinstance(made.state, dict):  # else a __getstate__ of its own chose what to save
+            flags += [flag for flag in [made.state.get("training")] if isinstance(flag, _Flag)]
+            pending += [(made.state[name], child) for name, child in torch._C.ModuleDict(module).items()]
     changed = bytearray(data)
-    storages: set[Any] = set()  # memo slots
-    words: set[Any] = set()
-    last = ""
-    wanted = False
-    for opcode, argument, position in pickletools.genops(data):
-        name = opcode.name
-        if name in ("BINPUT", "LONG_BINPUT"):
-            if last == "storage":
-                storages.add(argument)
-            elif last == "word":
-                words.add(argument)
-            continue
-        fetched = name in ("BINGET", "LONG_BINGET")
-        if name == "BINPERSID" or (fetched and argument in storages):
-            last, wanted = "storage", True
-        elif argument == "training" or (fetched and argument in words):
-            last, wanted = "word", True
-        elif name in ("NEWTRUE", "NEWFALSE"):
-            if wanted:
-                changed[position or 0] = 0x89  # NEWFALSE
-            last, wanted = "", False
-        else:
-            wanted = wanted and last == "storage"  # the word's bool follows at once
-            last = last if wanted else ""
+    for flag in flags:
+        changed[flag.position] = pickle.NEWFALSE[0]
     return bytes(changed)
 
 

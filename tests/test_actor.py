@@ -150,6 +150,15 @@ def private_growth(kept: dict[str, Any], ref: ModelRef) -> int:
     return _private_memory() - before
 
 
+def growth_by_a_call(kept: dict[str, Any], ref: ModelRef) -> int:
+    """Load a model whose code is compiled already and call it; return by how much private memory grew."""
+    kept["code"] = load_model_in_actor(ref)
+    before = _private_memory()
+    kept["model"] = load_model_in_actor(ref)
+    kept["model"](torch.ones(1, 1024))
+    return _private_memory() - before
+
+
 def _private_memory() -> int:
     with open("/proc/self/smaps_rollup", encoding="utf-8") as file:
         return sum(int(line.split()[1]) * 1024 for line in file if line.startswith("Private_"))
@@ -167,6 +176,15 @@ def test_private_memory_is_not_the_weights(two_actors: list[Any]) -> None:
     ref = prepare_model_for_actors(bert_sized())
     assert ref.nbytes > 430_000_000
     assert ray.get(two_actors[0].run_kept.remote(private_growth, ref)) <= 4_000_000
+
+
+@pytest.mark.parametrize("way", [torch.jit.script, lambda m: torch.jit.freeze(torch.jit.script(m))])
+def test_private_memory_of_torchscript(way: Any, two_actors: list[Any]) -> None:
+    """Loading and calling 84 MB of TorchScript makes private memory grow by at most 4 MB, frozen or not."""
+    net = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(20)]).eval()
+    ref = prepare_model_for_actors(quietly(lambda: way(net)))
+    assert 84_000_000 < ref.nbytes < 85_000_000
+    assert ray.get(two_actors[0].run_kept.remote(growth_by_a_call, ref)) <= 4_000_000
 
 
 def test_preparing_needs_no_second_copy(ray_session: None) -> None:

@@ -157,6 +157,50 @@ def test_later_loads_of_many_layers(way: str, keep_flags: bool, monkeypatch: pyt
     assert describe(kept[-1], flags=keep_flags) == describe(compiled, flags=keep_flags)
 
 
+class Says:
+    """A class of TorchScript with an attribute that a module has, too."""
+
+    def __init__(self) -> None:
+        self.training = True
+
+
+class NoFlags(nn.Module):
+    """Holds the word training beside True where that is no flag, and flags in unusual tensors."""
+
+    def __init__(self, plain: bool) -> None:
+        super().__init__()
+        self.mode = "training"
+        self.on = True
+        self.pairs = [("training", True), ("other", True)]
+        self.inner = nn.Dropout()
+        self.weight = nn.Parameter(torch.randn(8))
+        if not plain:
+            self.table = {"training": True}
+            self.said = Says()
+            self.sparse = nn.Parameter(torch.eye(8).to_sparse())
+            self.held = [(torch.ones(2, requires_grad=True), True)]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x) * self.weight
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_only_flags_are_cleared(plain: bool, ray_session: None) -> None:
+    """Eval mode and requires_grad=False change flags of modules and tensors, and no other bool of a module."""
+    quietly(lambda: torch.jit.script(Says))
+    ref = prepare_model_for_actors(quietly(lambda: torch.jit.script(NoFlags(plain))))
+    for flags in (True, False, True, False, True, False):
+        loaded = load_model_in_actor(ref, keep_flags=flags)
+        assert (loaded.mode, loaded.on, loaded.pairs) == ("training", True, [("training", True), ("other", True)])
+        assert [loaded.training, loaded.inner.training, loaded.weight.requires_grad] == [flags] * 3
+        if not plain:
+            assert loaded.table == {"training": True}
+            assert loaded.said.training
+            ((tensor, flag),) = loaded.held
+            assert flag
+            assert [loaded.sparse.requires_grad, tensor.requires_grad] == [flags] * 2
+
+
 def test_compiled_code_goes_with_its_constants(ray_session: None) -> None:
     """Kept code does not keep a frozen model's weights: they go with the last module that was loaded."""
     frozen = quietly(lambda: torch.jit.freeze(torch.jit.script(nn.Sequential(nn.Linear(512, 512)).eval())))
