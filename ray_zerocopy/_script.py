@@ -427,7 +427,16 @@ class _Flags(_InPython):  # type: ignore[misc]
     def _flag(self) -> None:
         self.append(_Flag(self.stream.tell() - 1))
 
-    dispatch: ClassVar[dict[int, Any]] = {**_InPython.dispatch, pickle.NEWTRUE[0]: _flag, pickle.NEWFALSE[0]: _flag}
+    def _reduce(self) -> None:
+        given = self.stack.pop()  # a tuple, but for enums
+        self.stack[-1] = self.stack[-1](*given) if isinstance(given, tuple) else _Object()
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        **_InPython.dispatch,
+        pickle.NEWTRUE[0]: _flag,
+        pickle.NEWFALSE[0]: _flag,
+        pickle.REDUCE[0]: _reduce,
+    }
 
 
 def _without_flags(data: bytes, cpp: Any) -> bytes:

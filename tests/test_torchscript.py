@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import gc
 import math
 import weakref
@@ -164,6 +165,12 @@ class Says:
         self.training = True
 
 
+class Mode(enum.Enum):
+    """An enum, which TorchScript pickles in a way of its own."""
+
+    FAST = 1
+
+
 class NoFlags(nn.Module):
     """Holds the word training beside True where that is no flag, and flags in unusual tensors."""
 
@@ -177,6 +184,7 @@ class NoFlags(nn.Module):
         if not plain:
             self.table = {"training": True}
             self.said = Says()
+            self.speed = Mode.FAST
             self.sparse = nn.Parameter(torch.eye(8).to_sparse())
             self.held = [(torch.ones(2, requires_grad=True), True)]
 
@@ -196,6 +204,7 @@ def test_only_flags_are_cleared(plain: bool, ray_session: None) -> None:
         if not plain:
             assert loaded.table == {"training": True}
             assert loaded.said.training
+            assert loaded.speed is Mode.FAST
             ((tensor, flag),) = loaded.held
             assert flag
             assert [loaded.sparse.requires_grad, tensor.requires_grad] == [flags] * 2
