@@ -73,13 +73,14 @@ def within(value: object) -> Iterator[Tensor]:
 
 
 def _graphs(cpp: Any) -> Iterator[Any]:
-    """Yield the graphs of a module's methods, with those of what they call put in, and of what they fork."""
+    """Yield the graphs of a module's methods and hooks, with what they call put in, and those of what they fork."""
     seen = set()
     for module in modules(cpp):
-        for name in module._method_names():
-            if (module.qualified_name, name) not in seen:
-                seen.add((module.qualified_name, name))
-                yield from _with_forks(module._get_method(name).inlined_graph)
+        methods = [module._get_method(name) for name in module._method_names()]
+        for method in (*methods, *module._get_forward_pre_hooks(), *module._get_forward_hooks()):
+            if (module.qualified_name, method.name) not in seen:
+                seen.add((module.qualified_name, method.name))
+                yield from _with_forks(method.inlined_graph)
 
 
 def _with_forks(graph: Any) -> Iterator[Any]:

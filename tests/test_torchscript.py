@@ -416,13 +416,24 @@ def calls(way: str) -> torch.jit.ScriptModule:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x + kept(x).add_(1)
 
-    made = {"called": Called, "forked": Forked, "returned": Returned}.get(way)
+    def hook(self: Any, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        return called(output)
+
+    class Hooked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_forward_hook(hook)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    made = {"called": Called, "forked": Forked, "returned": Returned, "hooked": Hooked}.get(way)
     if made is None:
         return torch.jit.trace(Called(), torch.zeros(1), check_trace=False)
     return torch.jit.script(made())
 
 
-@pytest.mark.parametrize("way", ["called", "traced", "forked", "returned"])
+@pytest.mark.parametrize("way", ["called", "traced", "forked", "returned", "hooked"])
 def test_a_written_constant_of_a_called_function_is_each_loads_own(way: str, ray_session: None) -> None:
     """What a module writes into a constant of a function that it calls reaches no other load."""
     ref = prepare_model_for_actors(quietly(lambda: calls(way)))
