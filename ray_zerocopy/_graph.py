@@ -33,8 +33,10 @@ import inspect
 import io
 import pickle
 import sys
+import threading
 import time
 import types
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -173,6 +175,8 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
     def _meet(self, obj: Any) -> Any:
         """Decide for a type that has not been met before."""
         kind = type(obj)
+        if kind in weakref.ProxyTypes:
+            raise TypeError(f"cannot pickle 'weakref.{kind.__name__}' object")  # else it passes for what it points to
         identify = self._carried_id if issubclass(kind, self.leave_out) else None
         if identify is None and self.objects:
             identify = self._carried_id_if_named
@@ -213,6 +217,8 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
             if kind in self.dispatch_table or not has_default_reduce(kind):
                 self.opaque.append(obj)
                 self.constructs = True
+                if kind.__reduce__ is _GraphModule.__reduce__:
+                    return _rebuild_traced, obj.__reduce__()[1]
             elif _has_plain_state(kind):
                 return _new, (kind,), _state_of(kind, obj), None, None, _set_state
             elif isinstance(state := _state_of(kind, obj), tuple) and not hasattr(kind, "__getnewargs__"):
@@ -346,6 +352,20 @@ def _new_parametrized(kind: type[torch.nn.Module], names: tuple[str, ...]) -> to
 def _set_parametrized_state(module: torch.nn.Module, state: Any) -> None:
     kind: Any = parametrize.type_before_parametrizations(module)
     kind.__setstate__(module, state)
+
+
+_GraphModule: Any = torch.fx.GraphModule
+# torch puts the code that it traces on a class, one for all threads.
+_tracing = threading.Lock()
+
+
+def _rebuild_traced(body: dict[str, Any], imports: str) -> torch.nn.Module:
+    """Make a GraphModule as torch does, but with the hooks, names and order that it had."""
+    with _tracing:
+        module = torch.fx.graph_module.reduce_graph_module(body, imports)
+    of_graph = ("_code", "_lineno_map", "_prologue_start")
+    module.__dict__.update((name, value) for name, value in body.items() if name not in of_graph)
+    return module
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -17,7 +17,7 @@ import torch
 
 from . import _script_parts
 
-__all__ = ["children", "follow", "has_default_reduce", "unpicklable", "walk"]
+__all__ = ["attributes_of", "children", "follow", "has_default_reduce", "unpicklable", "walk"]
 
 
 def children(obj: object) -> Iterator[tuple[str, Any]]:
@@ -51,12 +51,7 @@ def children(obj: object) -> Iterator[tuple[str, Any]]:
     if isinstance(obj, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
         yield from _script_parts.named_tensors(obj)
         return
-    try:
-        attributes = object.__getattribute__(obj, "__dict__")  # not what a __getattr__ or a proxy answers
-    except AttributeError:
-        attributes = None
-    if isinstance(attributes, dict):
-        yield from _named(obj, attributes)
+    yield from _named(obj, attributes_of(obj))
     for kind in type(obj).__mro__:
         if "__slots__" not in kind.__dict__:
             continue
@@ -66,6 +61,15 @@ def children(obj: object) -> Iterator[tuple[str, Any]]:
                     yield f".{_unmangled(kind, name)}", slot.__get__(obj)
                 except AttributeError:  # never set
                     continue
+
+
+def attributes_of(obj: object) -> dict[str, Any]:
+    """Return what an object has in a `__dict__` of its own, not what a `__getattr__` or a proxy answers."""
+    try:
+        attributes = object.__getattribute__(obj, "__dict__")
+    except AttributeError:
+        return {}
+    return attributes if isinstance(attributes, dict) else {}
 
 
 def _named(obj: object, attributes: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -190,17 +194,28 @@ def _pickled_of(obj: object) -> Iterator[tuple[str, Any]]:
 def _deepest(
     obj: object, fails: Callable[[object], Exception | None], error: Exception
 ) -> tuple[str, object, Exception]:
-    """Follow the failing child from `obj` down to the one none of whose own children fails."""
-    path, current, reason = "", obj, error
+    """Follow the failing child from `obj` down to the one none of whose own children fails.
+
+    What leads back to where the search came from may fail for that alone: other children are tried before it.
+    """
+    way = [("", obj, error, _pickled_of(obj))]
     seen = {id(obj)}
-    while True:
-        for step, child in _pickled_of(current):
+    instead = None
+    while way:
+        path, current, reason, left = way[-1]
+        leads_back = False
+        for step, child in left:
+            leads_back = leads_back or id(child) in seen
             if id(child) in seen or isinstance(child, _LEAVES):
                 continue
             failure = fails(child)
             if failure is not None:
                 seen.add(id(child))
-                path, current, reason = path + step, child, failure
+                way.append((path + step, child, failure, _pickled_of(child)))
                 break
         else:
-            return path, current, reason
+            if not leads_back:
+                return path, current, reason
+            instead = instead or (path, current, reason)
+            way.pop()
+    return instead or ("", obj, error)

@@ -33,14 +33,13 @@ from __future__ import annotations
 import io
 import math
 import pickle
-import pickletools
 import threading
 import types
 import uuid
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch.jit import ScriptFunction, ScriptModule
@@ -86,6 +85,7 @@ class _Signature(NamedTuple):
     """
 
     name: str
+    inner: str
     source: str | None
 
 
@@ -154,13 +154,14 @@ class Script(NamedTuple):
 
     `code` is an archive with everything but storages, `objects` the same without code. `flagged` says whether they
     have a second set of objects in which tensors require gradients and modules train. `plain` says whether all
-    attributes are modules, ordinary tensors, numbers, strings, and lists and tuples of these two; `mixed`, whether
-    tensors of several dtypes are over one storage, which torch reads as one dtype. `cache` is 'strong' where the
-    compiled code may outlive the modules made with it, 'weak' where it holds shared tensors (graph constants), and
-    'none' where a method writes to them, so that each module needs its own. `storages` has, for each storage of the
-    archives, which of the tensors beside it reaches all of it. Of the storages, those from `baked` on are only in
-    graphs, those from `made` on only in what classes made of themselves to be saved; `private` is the bytes of
-    these, which every load has of its own. `function` is what a function is called and how.
+    attributes are modules, ordinary tensors, numbers, strings, and lists and tuples of these two, of which no method
+    makes two one; `mixed`, whether tensors of several dtypes are over one storage, which torch reads as one dtype.
+    `cache` is 'strong' where the compiled code may outlive the modules made with it, 'weak' where it holds shared
+    tensors (graph constants), and 'none' where a method writes to them or returns them, so that each module needs
+    its own. `storages` has, for each storage of the archives, which of the tensors beside it reaches all of it. Of
+    the storages, those from `baked` on are only in graphs, those from `made` on only in what classes made of
+    themselves to be saved; `private` is the bytes of these, which every load has of its own. `function` is what a
+    function is called and how.
     """
 
     key: bytes
@@ -188,11 +189,10 @@ def reduce_script(module: ScriptModule | ScriptFunction[Any, Any]) -> tuple[Call
     and cannot read.
     """
     if isinstance(module, ScriptFunction):
-        signature = _signature(module)
         # copy: graph constants, the only tensors that a function can have
         unit = torch._C.CompilationUnit()
         holder = torch._C.import_ir_module_from_buffer(unit, module.save_to_buffer({}), None, {}, False)  # type: ignore[call-arg, arg-type]
-        script, tensors = _take_apart(holder, signature)
+        script, tensors = _take_apart(holder, _signature(module, holder))
         return rebuild_script, (script, tensors, {}, KEEP_FLAGS)
     script, tensors = _take_apart(module._c, None)
     return rebuild_script, (script, tensors, _script_parts.python_state(module), KEEP_FLAGS)
@@ -202,6 +202,7 @@ def _take_apart(cpp: Any, function: _Signature | None) -> tuple[Script, list[Ten
     _refuse_packed_for_mkldnn(cpp)
     constants = list(_script_parts.constants(cpp))
     plain = function is None and all(_is_plain(value, kind) for value, kind in _script_parts.attributes(cpp))
+    plain = plain and not _script_parts.may_tie_lists(cpp)
     if plain and _storages(_script_parts.tensors_of(cpp)).isdisjoint(_storages(constants)):
         cpp = _compacted(cpp)
     stream = io.BytesIO()
@@ -272,14 +273,14 @@ def _take_apart(cpp: Any, function: _Signature | None) -> tuple[Script, list[Ten
             whole[number] = len(tensors)
             tensors.append(torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage))
         storages.append(whole[number])
-    flagless = _without_flags(records[_DATA.format(0)])
+    flagless = _without_flags(records[_DATA.format(0)], cpp)
     flagged = flagless != records[_DATA.format(0)]
     if flagged:
         records[_DATA.format(1)] = records[_DATA.format(0)]
         records[_CONSTANTS.format(1)] = records[_CONSTANTS.format(0)]
         records[_DATA.format(0)] = flagless
     cache = "strong"
-    if constants and _script_parts.writes_to_constants(cpp):
+    if constants and _script_parts.lets_constants_change(cpp):
         cache = "none"
     elif records[_CONSTANTS.format(0)] != _NOTHING and not (small and private == 0):
         cache = "weak"
@@ -384,53 +385,94 @@ def _archive(records: dict[str, bytes]) -> bytes:
     return stream.getvalue()
 
 
-def _without_flags(data: bytes) -> bytes:
-    """Return a pickle of TorchScript objects in which no tensor requires a gradient and no module trains.
+class _Flag(NamedTuple):
+    """A bool in a pickle, by its place there."""
 
-    A tensor is a storage (a persistent id, or the memo of one), numbers, and then requires_grad: the first bool
-    that follows. A module has a bool after the word training.
-    """
+    position: int
+
+
+class _Object:
+    """Stands for whatever a pickle makes by calling a class or function."""
+
+    state: Any = None
+
+    def __init__(self, *given: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+_InPython: Any = pickle._Unpickler  # the one that reads byte by byte
+
+
+class _Flags(_InPython):  # type: ignore[misc]
+    """Reads a pickle of TorchScript objects, and notes where the flags of its tensors are."""
+
+    def __init__(self, data: bytes) -> None:
+        self.stream = io.BytesIO(data)
+        super().__init__(self.stream)
+        self.of_tensors: list[_Flag] = []
+
+    def persistent_load(self, pid: Any) -> None:
+        return None
+
+    def find_class(self, module: str, name: str) -> Any:
+        return self._tensor if module == "torch._utils" else _Object
+
+    def _tensor(self, *given: Any) -> _Object:
+        self.of_tensors += [value for value in given if isinstance(value, _Flag)]
+        return _Object()
+
+    def _flag(self) -> None:
+        self.append(_Flag(self.stream.tell() - 1))
+
+    def _reduce(self) -> None:
+        given = self.stack.pop()  # a tuple, but for enums
+        self.stack[-1] = self.stack[-1](*given) if isinstance(given, tuple) else _Object()
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        **_InPython.dispatch,
+        pickle.NEWTRUE[0]: _flag,
+        pickle.NEWFALSE[0]: _flag,
+        pickle.REDUCE[0]: _reduce,
+    }
+
+
+def _without_flags(data: bytes, cpp: Any) -> bytes:
+    """Return a pickle of a module in which no tensor requires a gradient and no module trains."""
+    reader = _Flags(data)
+    held = reader.load().state["held"]
+    flags = reader.of_tensors
+    pending = [(held, cpp)]
+    while pending:
+        made, module = pending.pop()
+        if isinstance(made.state, dict):  # else a __getstate__ of its own chose what to save
+            flags += [flag for flag in [made.state.get("training")] if isinstance(flag, _Flag)]
+            pending += [(made.state[name], child) for name, child in torch._C.ModuleDict(module).items()]
     changed = bytearray(data)
-    storages: set[Any] = set()  # memo slots
-    words: set[Any] = set()
-    last = ""
-    wanted = False
-    for opcode, argument, position in pickletools.genops(data):
-        name = opcode.name
-        if name in ("BINPUT", "LONG_BINPUT"):
-            if last == "storage":
-                storages.add(argument)
-            elif last == "word":
-                words.add(argument)
-            continue
-        fetched = name in ("BINGET", "LONG_BINGET")
-        if name == "BINPERSID" or (fetched and argument in storages):
-            last, wanted = "storage", True
-        elif argument == "training" or (fetched and argument in words):
-            last, wanted = "word", True
-        elif name in ("NEWTRUE", "NEWFALSE"):
-            if wanted:
-                changed[position or 0] = 0x89  # NEWFALSE
-            last, wanted = "", False
-        else:
-            wanted = wanted and last == "storage"  # the word's bool follows at once
-            last = last if wanted else ""
+    for flag in flags:
+        changed[flag.position] = pickle.NEWFALSE[0]
     return bytes(changed)
 
 
-def _signature(function: ScriptFunction[Any, Any]) -> _Signature:
+def _signature(function: ScriptFunction[Any, Any], cpp: Any) -> _Signature:
+    """Return the signature of a function, of which `cpp` is a module with that function as its forward."""
     schema: Any = function.schema
-    given, passed = [], []
+    given = []
+    names = [argument.name for argument in schema.arguments]
+    inner = "inner"
+    while inner in (function.name, *names):
+        inner += "_"
     for argument in schema.arguments:
         if argument.kwarg_only and "*" not in given:
             given.append("*")
         default = f" = {_written(argument.default_value)}" if argument.has_default_value() else ""
         given.append(f"{argument.name}: {argument.type.annotation_str}{default}")
-        passed.append(f"{argument.name}={argument.name}")
-    source = f"def {function.name}({', '.join(given)}):\n    return inner({', '.join(passed)})\n"
-    signature = _Signature(str(function.name), source)
+    source = f"def {function.name}({', '.join(given)}):\n    return {inner}({', '.join(names)})\n"
+    signature = _Signature(str(function.name), inner, source)
     try:
-        _define(signature, function)
+        _as_function(cpp, signature)
     except RuntimeError as error:
         if any(argument.has_default_value() for argument in schema.arguments):
             raise ValueError(
@@ -670,7 +712,7 @@ def _define(signature: _Signature, inner: Any) -> Any:
     if signature.source is None:
         return inner
     unit: Any = torch._C.CompilationUnit()
-    unit.define(signature.source, {"inner": inner, "torch": torch}.get)
+    unit.define(signature.source, {signature.inner: inner, "torch": torch}.get)
     function = unit.find_function(signature.name)
     torch._C._jit_pass_inline(function.graph)
     return function

@@ -15,12 +15,13 @@ __all__ = [
     "baked_bytes",
     "constants",
     "kinds",
+    "lets_constants_change",
+    "may_tie_lists",
     "modules",
     "named_tensors",
     "python_state",
     "tensors_of",
     "within",
-    "writes_to_constants",
 ]
 
 Tensor = torch.Tensor
@@ -72,13 +73,14 @@ def within(value: object) -> Iterator[Tensor]:
 
 
 def _graphs(cpp: Any) -> Iterator[Any]:
-    """Yield the graphs of a module's methods, with those of what they call put in, and of what they fork."""
+    """Yield the graphs of a module's methods and hooks, with what they call put in, and those of what they fork."""
     seen = set()
     for module in modules(cpp):
-        for name in module._method_names():
-            if (module.qualified_name, name) not in seen:
-                seen.add((module.qualified_name, name))
-                yield from _with_forks(module._get_method(name).inlined_graph)
+        methods = [module._get_method(name) for name in module._method_names()]
+        for method in (*methods, *module._get_forward_pre_hooks(), *module._get_forward_hooks()):
+            if (module.qualified_name, method.name) not in seen:
+                seen.add((module.qualified_name, method.name))
+                yield from _with_forks(method.inlined_graph)
 
 
 def _with_forks(graph: Any) -> Iterator[Any]:
@@ -111,15 +113,35 @@ def _function_constants(function: ScriptFunction[Any, Any]) -> Iterator[Tensor]:
         yield from (tensor for _, tensor in _constants_of(graph))
 
 
-def writes_to_constants(cpp: Any) -> bool:
-    """Tell whether a method may write to a tensor that is a constant in its graph."""
+def lets_constants_change(cpp: Any) -> bool:
+    """Tell whether a method may write to a tensor that is a constant in its graph, or let its caller do so."""
     for graph in _graphs(cpp):
         held = list(_constants_of(graph))
         if held:
             aliases = graph.alias_db()
-            if any(aliases.has_writers(value) for value, _ in held):
-                return True
+            reached = [*graph.inputs(), *graph.outputs()]
+            for value, _ in held:
+                if aliases.has_writers(value) or any(aliases.may_contain_alias(value, other) for other in reached):
+                    return True
     return False
+
+
+def may_tie_lists(cpp: Any) -> bool:
+    """Tell whether a method may make two attributes hold one list, which Python does not show."""
+    for graph in _graphs(cpp):
+        for node in graph.findAllNodes("prim::SetAttr"):
+            if _has_list(list(node.inputs())[1].type()):
+                return True
+        for operator in ("aten::append", "aten::insert", "aten::_set_item", "aten::extend", "aten::add_"):
+            for node in graph.findAllNodes(operator):
+                changed = next(node.inputs()).type()
+                if changed.kind() == "ListType" and _has_list(changed.getElementType()):
+                    return True
+    return False
+
+
+def _has_list(kind: Any) -> bool:
+    return kind.kind() == "ListType" or any(map(_has_list, kind.containedTypes()))
 
 
 # ---------------------------------------------------------------- the Python side

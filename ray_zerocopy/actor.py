@@ -250,9 +250,15 @@ def load_pipeline_in_actor(
             tensors = _layout.unpack(layout, buffers, keep_flags=keep_flags)
             arrays = _layout.unpack_arrays(layout, buffers)
         pipeline, _ = _graph.put_together(skeleton._stream, tensors, arrays, models, keep_flags=keep_flags)
-    if isinstance(getattr(pipeline, "__dict__", {}).get("device"), torch.device):
-        pipeline.device = loaded.device
+    set_device(pipeline, loaded.device)
     return pipeline
+
+
+def set_device(pipeline: object, device: torch.device) -> None:
+    """Let a `device` attribute of a pipeline, as Hugging Face has it, follow its models."""
+    attributes = _paths.attributes_of(pipeline)
+    if isinstance(attributes.get("device"), torch.device):
+        attributes["device"] = device
 
 
 def find_models(pipeline: object) -> list[tuple[str, Any]]:

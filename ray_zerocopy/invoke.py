@@ -520,8 +520,7 @@ def rewrite_pipeline(
         for part in parts.carried
     ]
     rewritten, _ = _graph.put_together(parts.skeleton, tensors, arrays, carried, keep_flags=True)
-    if isinstance(getattr(rewritten, "__dict__", {}).get("device"), torch.device):
-        rewritten.device = torch.device("cpu")
+    actor.set_device(rewritten, torch.device("cpu"))
     return rewritten
 
 

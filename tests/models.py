@@ -332,7 +332,23 @@ def pruned() -> nn.Module:
 
 @case(rows(3, 8))
 def graph_module() -> nn.Module:
-    return torch.fx.symbolic_trace(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)))
+    """Return one that was changed after tracing: its modules are in another order than its code, one is unused."""
+    net = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)))
+    net.add_submodule("before.linear", nn.Linear(8, 8))
+    net.register_buffer("shift", torch.randn(8), persistent=False)
+    net.unused = nn.Linear(2, 2)
+    (x,) = net.graph.find_nodes(op="placeholder")
+    with net.graph.inserting_after(x):
+        shift = net.graph.get_attr("shift")
+    with net.graph.inserting_after(shift):
+        shifted = net.graph.call_function(torch.add, (x, shift))
+    with net.graph.inserting_after(shifted):
+        first = net.graph.call_module("before.linear", (shifted,))
+    (second,) = net.graph.find_nodes(op="call_module", target="0")
+    second.args = (first,)
+    net.recompile()
+    net.register_forward_hook(double_output)
+    return net
 
 
 # ---------------------------------------------------------------- aliases

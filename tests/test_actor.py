@@ -150,6 +150,17 @@ def private_growth(kept: dict[str, Any], ref: ModelRef) -> int:
     return _private_memory() - before
 
 
+def growth_by_a_call(kept: dict[str, Any], ref: ModelRef) -> int:
+    """Load a model whose code has run already and call it; return by how much private memory grew."""
+    kept["code"] = load_model_in_actor(ref)
+    for _ in range(3):
+        kept["code"](torch.ones(1, 1024))
+    before = _private_memory()
+    kept["model"] = load_model_in_actor(ref)
+    kept["model"](torch.ones(1, 1024))
+    return _private_memory() - before
+
+
 def _private_memory() -> int:
     with open("/proc/self/smaps_rollup", encoding="utf-8") as file:
         return sum(int(line.split()[1]) * 1024 for line in file if line.startswith("Private_"))
@@ -167,6 +178,15 @@ def test_private_memory_is_not_the_weights(two_actors: list[Any]) -> None:
     ref = prepare_model_for_actors(bert_sized())
     assert ref.nbytes > 430_000_000
     assert ray.get(two_actors[0].run_kept.remote(private_growth, ref)) <= 4_000_000
+
+
+@pytest.mark.parametrize("way", [torch.jit.script, lambda m: torch.jit.freeze(torch.jit.script(m))])
+def test_private_memory_of_torchscript(way: Any, two_actors: list[Any]) -> None:
+    """Loading and calling 80 MiB of TorchScript makes private memory grow by at most 4 MB, frozen or not."""
+    net = nn.Sequential(*[nn.Linear(1024, 1024) for _ in range(20)]).eval()
+    ref = prepare_model_for_actors(quietly(lambda: way(net)))
+    assert 80 << 20 < ref.nbytes < 81 << 20
+    assert ray.get(two_actors[0].run_kept.remote(growth_by_a_call, ref)) <= 4_000_000
 
 
 def test_preparing_needs_no_second_copy(ray_session: None) -> None:
@@ -279,6 +299,16 @@ def class_with_lock() -> type:
         (lambda m: setattr(m[0], "owner", Holder(DEVNULL)), r"Sequential\.0\.owner\.inner is a _io\.TextIO"),
         (lambda m: setattr(m, "make", lambda_with_lock()), r"Sequential\.make\.<closure lock> is a _thread\.lock"),
         (lambda m: setattr(m[0], "owner", weakref.ref(m)), r"Sequential\.0\.owner is a weakref\.ReferenceType"),
+        (
+            lambda m: vars(m[0]).update(owner=weakref.proxy(m)),
+            r"Sequential\.0\.owner is a weakref\.CallableProxyType",
+        ),
+        (lambda m: vars(m[0]).update(owner=weakref.proxy(m[0].weight)), r"Sequential\.0\.owner is a weakref\.Proxy"),
+        (
+            lambda m: vars(m[0]).update(o=(p := [m]), q=[p], z=threading.Lock()),
+            r"Sequential\.0\.z is a _thread\.lock",
+        ),
+        (lambda m: vars(m[0]).update(owner=[m, threading.Lock()]), r"Sequential\.0\.owner\[1\] is a _thread\.lock"),
         (
             lambda m: m[0].register_forward_hook(hook_with_lock()),
             r"Sequential\.0\._forward_hooks\[\d+\]\.<default lock>",

@@ -7,6 +7,8 @@ import io
 import itertools
 import pickle
 import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ import ray
 import torch
 from describe import describe, storage_bytes
 from models import BAKED, CALLABLE, CASES, NAMES, PACKED, SCRIPTED, call
+from torch import nn
 
 from ray_zerocopy import _graph, _layout, _paths, load_model_in_actor, memory, prepare_model_for_actors
 from ray_zerocopy._store import fetch
@@ -156,6 +159,20 @@ def test_writes_stay_private(name: str, shared: tuple[Any, Any]) -> None:
     assert describe(source) == before
     assert describe(other) == before
     assert describe(load_model_in_actor(ref, keep_flags=True)) == before
+
+
+def test_graph_modules_in_threads(ray_session: None) -> None:
+    """GraphModules that several threads load at once each get their own code."""
+    sources = [torch.fx.symbolic_trace(nn.Sequential(*[nn.ReLU()] * n)) for n in range(1, 5)]
+    refs = [prepare_model_for_actors(source) for source in sources]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with ThreadPoolExecutor(len(refs)) as threads:
+            loaded = list(threads.map(load_model_in_actor, refs * 10))
+    finally:
+        sys.setswitchinterval(interval)
+    assert [model.code for model in loaded] == [source.code for source in sources] * 10
 
 
 def copied(model: Any) -> Any:

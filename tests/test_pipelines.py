@@ -23,6 +23,7 @@ from ray_zerocopy import (
     prepare_model_for_actors,
     rewrite_pipeline_for_actors,
 )
+from ray_zerocopy.invoke import rewrite_pipeline
 
 X = torch.randn(3, 64, generator=torch.Generator().manual_seed(1))
 
@@ -256,6 +257,25 @@ def test_objects_that_answer_anything(ray_session: None) -> None:
     child.model = nn.Linear(2, 2)
     assert [path for path, _ in _paths.walk(child) if path == ".model"]
     assert [path for path, _ in _paths.walk(Proxy()) if path == ".model"]
+
+
+class Device:
+    """Shows the device of its model, and has an attribute of that name that nobody sees."""
+
+    def __init__(self) -> None:
+        self.model = nn.Linear(2, 2)
+        vars(self)["device"] = torch.device("cpu")
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.weight.device
+
+
+def test_a_device_that_is_a_property(ray_session: None) -> None:
+    """An attribute that a property hides is set without the property's leave."""
+    source = Device()
+    for loaded in (load_pipeline_in_actor(*rewrite_pipeline_for_actors(source)), rewrite_pipeline(source)):
+        assert vars(loaded)["device"] == torch.device("cpu")
 
 
 def test_what_stays_in_the_skeleton_keeps_its_ties(ray_session: None) -> None:
