@@ -42,6 +42,7 @@ from typing import Any, NamedTuple
 
 import torch
 from ray.cloudpickle import CloudPickler
+from ray.cloudpickle.cloudpickle import _should_pickle_by_reference
 from torch.nn.utils import parametrize
 
 from . import _script, _script_parts
@@ -78,13 +79,17 @@ class Parts(NamedTuple):
 
 
 def take_apart(
-    obj: object, leave_out: tuple[type, ...] = (), objects: Sequence[object] = (), *, in_process: bool = False
+    obj: object,
+    leave_out: tuple[type, ...] = (),
+    objects: Sequence[object] = (),
+    *,
+    in_process: tuple[type, ...] = (),
 ) -> Parts:
     """Pickle `obj` into a skeleton, with its tensors taken out; `obj` is not changed.
 
     Instances of the types in `leave_out`, and `objects`, are not pickled but listed in `Parts.carried`. With
     `in_process`, for what is put together in this process, so are classes, and functions but for those with an
-    instance of `leave_out` in their closure: rebuilding one that travels by value would change the living one.
+    instance of these types in their closure: rebuilding one that travels by value would change the living one.
     Raises TypeError naming the attribute path of what cannot be pickled.
     """
     scripts = _script.Scripts()
@@ -114,7 +119,7 @@ def take_apart(
 
 
 def _failure(
-    leave_out: tuple[type, ...], objects: Sequence[object], in_process: bool, part: object
+    leave_out: tuple[type, ...], objects: Sequence[object], in_process: tuple[type, ...], part: object
 ) -> Exception | None:
     """Try to pickle a part, and return what was raised, or None."""
     try:
@@ -133,7 +138,7 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
         leave_out: tuple[type, ...],
         objects: Sequence[object],
         scripts: _script.Scripts,
-        in_process: bool = False,
+        in_process: tuple[type, ...] = (),
     ) -> None:
         self.arrays: list[pickle.PickleBuffer] = []
         # Before super().__init__, which reads it. A flat copy: lookups in cloudpickle's ChainMap take a quarter
@@ -144,6 +149,7 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
         self.dispatch_table = {k: v for k, v in CloudPickler.dispatch_table.items() if k not in unwanted}
         super().__init__(stream, protocol=5, buffer_callback=self._take_array)
         self.leave_out = leave_out
+        self.in_process = in_process
         self.objects = {id(part) for part in objects}
         self.tensors: list[Tensor] = []
         self.carried: list[Any] = []
@@ -153,6 +159,8 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
         self.scripts = scripts
         self.composed = ""
         self.constructs = False
+        # Names of objects that are pickled by name, by id; empty for one that is not.
+        self._module_level: dict[int, str] = {}
         self._numbers: dict[int, int] = {}
         self._alive: list[object] = []
         self._unknown = self._meet
@@ -164,7 +172,7 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
             _script.Asked: lambda _: ("keep_flags",),
         }
         if in_process:
-            self._identify[types.FunctionType] = functools.partial(self._function_id, leave_out)
+            self._identify[types.FunctionType] = functools.partial(self._function_id, in_process)
             self.leave_out = (*leave_out, type)
 
     def persistent_id(self, obj: Any) -> Any:
@@ -195,14 +203,39 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
             self.carried.append(obj)
         return ("carried", number)
 
-    def _function_id(self, leave_out: tuple[type, ...], function: types.FunctionType) -> Any:
-        by_value = any(isinstance(part, leave_out) for _, part in walk(function, stop_at=leave_out))
+    def _function_id(self, anew_with: tuple[type, ...], function: types.FunctionType) -> Any:
+        by_value = any(isinstance(part, anew_with) for _, part in walk(function, stop_at=anew_with))
         return self._carried_id_if_named(function) if by_value else self._carried_id(function)
 
     def _carried_id_if_named(self, obj: Any) -> Any:
         return self._carried_id(obj) if id(obj) in self.objects else None
 
+    def _dynamic_function_reduce(self, function: types.FunctionType) -> Any:
+        """Describe a function by value, but for what only its module can make: that stays the module's own.
+
+        Such is what the hooks that transformers puts into its models note their outputs in.
+        """
+        reduced = super()._dynamic_function_reduce(function)
+        for name, value in reduced[2][1]["__globals__"].items():
+            if id(value) not in self._module_level and _is_of_module(function.__module__, name, value):
+                self._module_level[id(value)] = "" if self._goes_by_value(value) else name
+        return reduced
+
+    def _goes_by_value(self, value: object) -> bool:
+        self._module_level[id(value)] = ""  # its own functions may use it
+        trial = _Pickler(io.BytesIO(), self.leave_out, (), _script.Scripts(), self.in_process)
+        trial._module_level = self._module_level
+        try:
+            trial.dump(value)
+        except _script.BeginAgain:
+            return True
+        except Exception:
+            return False
+        return True
+
     def reducer_override(self, obj: Any) -> Any:
+        if name := self._module_level.get(id(obj)):
+            return name
         kind = type(obj)
         if kind is collections.OrderedDict:
             # A module has eleven, nearly all empty, and OrderedDict's own reduce is slow.
@@ -278,6 +311,13 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
         if not small:
             self.arrays.append(buffer)
         return small
+
+
+def _is_of_module(module: str, name: str, value: object) -> bool:
+    """Tell whether a global is its module's own object, of a class that is imported from there in any case."""
+    kind = type(value)
+    there = getattr(sys.modules.get(module), name, None) is value
+    return there and kind.__module__ == module and _should_pickle_by_reference(kind)
 
 
 _REDUCED_BY_TORCH_OR_PYTHON = (

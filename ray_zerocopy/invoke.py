@@ -220,7 +220,7 @@ class _SmallPickler(pickle.Pickler):
         storage = obj.untyped_storage()
         self._nbytes += obj.nbytes
         here = obj.layout is torch.strided and obj.device.type == "cpu" and obj.is_contiguous()
-        if not here or obj.requires_grad or obj.__dict__:
+        if not here or obj.requires_grad or obj.is_quantized or obj.__dict__:
             raise pickle.PicklingError
         if self._nbytes > SMALL_RESULT or storage._cdata in self._storages:
             raise pickle.PicklingError
@@ -479,7 +479,7 @@ def rewrite_pipeline(
     # A bound method of a model, kept by the pipeline, would take the stand-in for the model.
     held = [part for _, part in _paths.walk(pipeline, stop_at=actor.MODEL_TYPES)]
     bound = [part for part in held if _is_bound(part)]
-    parts = _graph.take_apart(pipeline, leave_out=actor.MODEL_TYPES, objects=bound, in_process=True)
+    parts = _graph.take_apart(pipeline, _LEFT_OUT, bound, in_process=actor.MODEL_TYPES)
     models = [model for _, model in found]
     models += [part for part in parts.carried if isinstance(part, actor.MODEL_TYPES)]  # of functions: globals too
     models = list({id(model): model for model in models}.values())
@@ -589,16 +589,20 @@ def _facts(model: object) -> dict[str, Any]:
         if name in _TORCH_OWN or isinstance(value, actor.MODEL_TYPES):
             continue
         try:
-            parts = _graph.take_apart(value, leave_out=actor.MODEL_TYPES, in_process=True)
+            # With what its functions hold: all that travels with the stand-in.
+            whole = _graph.take_apart(value, _LEFT_OUT)
+            parts = _graph.take_apart(value, _LEFT_OUT, in_process=actor.MODEL_TYPES)
         except TypeError:
             continue
-        weights = parts.tensors or parts.arrays or any(isinstance(p, actor.MODEL_TYPES) for p in parts.carried)
-        if not weights and len(parts.skeleton) <= LARGEST_FACT:
+        weights = whole.tensors or whole.arrays or any(isinstance(p, actor.MODEL_TYPES) for p in whole.carried)
+        if not weights and len(whole.skeleton) <= LARGEST_FACT:
             facts[name] = _graph.put_together(parts.skeleton, (), (), parts.carried, keep_flags=True)[0]
     return facts
 
 
 _TORCH_OWN = frozenset(vars(torch.nn.Module()))
+# An ObjectRef that is pickled here, and not by Ray, is never let go.
+_LEFT_OUT = (*actor.MODEL_TYPES, *_store.CARRIED)
 
 
 def _dtype(model: Any) -> torch.dtype | None:

@@ -252,6 +252,18 @@ def hugging_face_encoder() -> nn.Module:
 
 
 @case(lambda: (torch.arange(6)[None],))
+def hugging_face_encoder_that_has_run() -> nn.Module:
+    """It has hooks by then, which note hidden states in an object that transformers has at module level."""
+    from transformers import BertModel
+
+    config = _bert_config()
+    config.output_hidden_states = True
+    model = BertModel(config)
+    model(torch.arange(6)[None])
+    return model
+
+
+@case(lambda: (torch.arange(6)[None],))
 def hugging_face_decoder() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 

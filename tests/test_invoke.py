@@ -21,6 +21,7 @@ import pytest
 import ray
 import torch
 from describe import describe
+from test_lifetime import known_objects
 from test_pipelines import Pipeline, X
 from torch import nn
 
@@ -68,6 +69,11 @@ class Net(nn.Module):
 
     def many(self, n: int) -> torch.Tensor:
         return torch.arange(n)
+
+    def quantized(self, n: int) -> torch.Tensor:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.quantize_per_tensor(torch.arange(n).float(), 0.5, 1, torch.qint32)
 
     def pair(self) -> tuple[torch.Tensor, int]:
         return self.linear.bias, os.getpid()
@@ -221,6 +227,42 @@ def test_what_pipelines_ask(net: Any) -> None:
     it.config["width"] = 3
     assert net.source.config == {"width": 64}
     it.config["width"] = 64
+
+
+def test_what_a_stand_in_takes_along(ray_session: None) -> None:
+    """Functions among a model's attributes are answered if what they hold is small and pickles, and only then."""
+    source, lock, large = Forgets(), threading.Lock(), torch.zeros(1_000_000)
+    source.plain, source.locked, source.heavy = lambda x: x + 1, lambda: lock, lambda: large
+    standin = rewrite_pipeline(source)
+    assert standin.plain is source.plain
+    assert not hasattr(standin, "locked")
+    assert not hasattr(standin, "heavy")
+    assert len(ray.cloudpickle.dumps(standin)) < 10_000
+
+
+class Forgets(nn.Linear):
+    """Does not pickle its functions."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if not isinstance(value, types.FunctionType)}
+
+
+def test_references_are_let_go(ray_session: None) -> None:
+    """ObjectRefs in a pipeline, in a model's attributes and in stand-ins are kept, and let go with the copy."""
+    model = nn.Linear(2, 2)
+    inner = rewrite_pipeline(nn.Linear(2, 2))
+    beside, model.note = ray.put("beside"), ray.put("in a model")
+    rewritten = rewrite_pipeline({"model": model, "beside": beside, "inner": inner})
+    assert ray.get([rewritten["beside"], rewritten["model"].note]) == ["beside", "in a model"]
+    assert rewritten["inner"](X[:, :2]).shape == (len(X), 2)
+    held = {ref.hex() for ref in (beside, model.note, *inner.model_ref.refs)}
+    assert held <= known_objects()
+    del rewritten, inner, beside, model
+    gc.collect()
+    wait_until(lambda: not held & known_objects())
 
 
 def test_it_travels(net: Any, two_actors: list[Any]) -> None:
@@ -470,6 +512,15 @@ def test_more_results_than_mappings(net: Any, monkeypatch: pytest.MonkeyPatch) -
     got = ray.get(ref)
     assert memory.location(got) is None
     assert int(got.add_(1)[0]) == 1
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")  # torch's own, where one is made
+def test_quantized_results(net: Any) -> None:
+    """A quantized result keeps its scale and zero point, a small one and a large one."""
+    for count in (10, 100_000):
+        got = net.it.quantized(count)
+        assert (got.q_scale(), got.q_zero_point()) == (0.5, 1)
+        assert torch.equal(got.dequantize(), torch.arange(count).float())
 
 
 def test_several_returns(net: Any) -> None:
