@@ -169,6 +169,8 @@ class WarmModels:
                 if not (kept and _in_memory(place)):
                     entry.build_for_call(view, bodies[0])
                     model, view.model = view.model, None
+                    with self._changed:
+                        entry.out -= 1
                     return Lent(model)
             else:
                 view.pin(objects)

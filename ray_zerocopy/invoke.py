@@ -71,7 +71,8 @@ def _called(model: Any, part: int | None, method_name: str, args: tuple[Any, ...
         model = model[part]
     method = model if method_name == "__call__" else getattr(model, method_name)
     with torch.inference_mode():
-        return method(*args, **kwargs)
+        result = method(*args, **kwargs)
+        return list(result) if inspect.isgenerator(result) else result  # its code is part of the call
 
 
 # ---------------------------------------------------------------- the task
@@ -118,7 +119,8 @@ class RemoteCall:
             method_name: Which method of the model to call.
 
         Returns:
-            The `ObjectRef` of what the method returns, or several with `num_returns`.
+            The `ObjectRef` of what the method returns, or several with `num_returns`. A generator runs to its end
+            within the call, and its items are the result, a list.
 
         Raises:
             TypeError: `model_ref`, `args` or `kwargs` is of the wrong type.

@@ -6,9 +6,7 @@ import functools
 import importlib
 import importlib.util
 import os
-import random
 import re
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+from ports import free_port
 
 ROOT = Path(__file__).parent.parent
 
@@ -172,16 +171,9 @@ def test_hugging_face_pipeline(run_here: Any, source: Any, reference: Any) -> No
     assert {f"{found[2].strip()} {found[3]}" for found in lines if found} == expected
 
 
-def is_free(port: int) -> bool:
-    """Say whether a port is free: one that the system gives to nobody by itself, as it does to Ray's workers."""
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) != 0
-
-
 @pytest.mark.skipif(importlib.util.find_spec("fastapi") is None, reason='needs Ray Serve: pip install -e ".[serve]"')
 def test_serve() -> None:
     """The service answers each question over HTTP with its topic."""
-    port = next(port for port in random.sample(range(20_000, 30_000), 100) if is_free(port))
-    said = run("examples/serve_predictor.py", "--port", str(port))
+    said = run("examples/serve_predictor.py", "--port", str(free_port()))
     answers = re.findall(r"^(\w+) +0\.\d\d  (.*)  \(process \d+\)$", said, re.MULTILINE)
     assert [topic for topic, _ in answers] == ["network", "time", "numbers", "files", "concurrency", "text"]

@@ -6,13 +6,13 @@ import copy
 import gc
 import os
 import pickle
-import socket
 import subprocess
 import sys
 import threading
 import time
 import types
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ import pytest
 import ray
 import torch
 from describe import describe
+from ports import free_port, is_open
+from ray._private import internal_api
 from test_lifetime import known_objects
 from test_pipelines import Pipeline, X
 from torch import nn
@@ -77,6 +79,11 @@ class Net(nn.Module):
 
     def pair(self) -> tuple[torch.Tensor, int]:
         return self.linear.bias, os.getpid()
+
+    def counts(self, n: int) -> Iterator[torch.Tensor]:
+        for _ in range(n):
+            self.calls += 1
+            yield self.calls * 1.0
 
     def dies_once(self, path: str) -> str:
         if not os.path.exists(path):
@@ -278,7 +285,7 @@ def test_it_travels(net: Any, two_actors: list[Any]) -> None:
         ray.get(ray.remote(num_cpus=0.1)(use).remote(pipeline, x)),
         ray.get(two_actors[0].run.remote(use, pipeline, x)),
         ray.cloudpickle.loads(ray.cloudpickle.dumps(net.it))(x),
-        pickle.loads(pickle.dumps(net.it)).config and expected,
+        pickle.loads(pickle.dumps(net.it))(x),
         copy.deepcopy(net.it)(x),
     ):
         assert torch.allclose(result, expected, atol=1e-6)
@@ -530,6 +537,13 @@ def test_several_returns(net: Any) -> None:
     assert ray.get(pid) != os.getpid()
 
 
+def test_generators(net: Any) -> None:
+    """A method that is a generator runs to its end within its call, and gives a list, or one ObjectRef an item."""
+    assert net.it.counts(2) == net.it.counts(2) == [1, 2]
+    refs = call_model.options(num_returns=3).remote(net.it.model_ref, (3,), method_name="counts")
+    assert ray.get(refs) == [1, 2, 3]
+
+
 # ---------------------------------------------------------------- what a process keeps
 
 
@@ -671,7 +685,12 @@ def test_nothing_is_pinned_between_calls(two_actors: list[Any]) -> None:
         assert kept[0] > 0
         del ref
         gc.collect()
-        time.sleep(0.2)
+        wait_until(lambda: store_bytes_used() < 400_000_000)
+
+
+def store_bytes_used() -> int:
+    state = internal_api.get_state_from_address(ray.get_runtime_context().gcs_address)
+    return int(internal_api.get_memory_info_reply(state).store_stats.object_store_bytes_used)
 
 
 # ---------------------------------------------------------------- failures
@@ -761,9 +780,7 @@ print("all came back")
 
 def test_over_ray_client(ray_session: None) -> None:
     """In Ray Client mode both forms work, and stand-ins travel to tasks."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     address = ray.get_runtime_context().gcs_address
     serve = ["-m", "ray.util.client.server", "--host", "127.0.0.1", "--port", str(port), "--address", address]
     quiet: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -776,8 +793,3 @@ def test_over_ray_client(ray_session: None) -> None:
     finally:
         server.terminate()
         server.wait(20)
-
-
-def is_open(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
