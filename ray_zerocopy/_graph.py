@@ -105,7 +105,10 @@ def take_apart(
         except _script.BeginAgain:
             scripts.begin_again()
         except Exception as error:
-            fails = functools.partial(_failure, leave_out, objects, in_process)
+
+            def fails(part: object) -> Exception | None:
+                return _Pickler(io.BytesIO(), leave_out, objects, _script.Scripts(), in_process).failure(part)
+
             raise unpicklable(obj, fails, error) from error
         else:
             return Parts(
@@ -116,19 +119,6 @@ def take_apart(
                 pickler.composed,
                 pickler.constructs or bool(pickler.composed),
             )
-
-
-def _failure(
-    leave_out: tuple[type, ...], objects: Sequence[object], in_process: tuple[type, ...], part: object
-) -> Exception | None:
-    """Try to pickle a part, and return what was raised, or None."""
-    try:
-        _Pickler(io.BytesIO(), leave_out, objects, _script.Scripts(), in_process).dump(part)
-    except _script.BeginAgain:
-        return None
-    except Exception as failure:
-        return failure
-    return None
 
 
 class _Pickler(CloudPickler):  # type: ignore[misc]
@@ -174,6 +164,16 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
         if in_process:
             self._identify[types.FunctionType] = functools.partial(self._function_id, in_process)
             self.leave_out = (*leave_out, type)
+
+    def failure(self, part: object) -> Exception | None:
+        """Try to pickle a part, and return what was raised, or None."""
+        try:
+            self.dump(part)
+        except _script.BeginAgain:
+            return None
+        except Exception as failure:
+            return failure
+        return None
 
     def persistent_id(self, obj: Any) -> Any:
         # Called for every object of the graph, strings and all: one lookup decides for nearly all of them.
@@ -225,13 +225,7 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
         self._module_level[id(value)] = ""  # its own functions may use it
         trial = _Pickler(io.BytesIO(), self.leave_out, (), _script.Scripts(), self.in_process)
         trial._module_level = self._module_level
-        try:
-            trial.dump(value)
-        except _script.BeginAgain:
-            return True
-        except Exception:
-            return False
-        return True
+        return trial.failure(value) is None
 
     def reducer_override(self, obj: Any) -> Any:
         if name := self._module_level.get(id(obj)):

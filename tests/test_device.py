@@ -257,9 +257,11 @@ def test_ctrl_c() -> None:
     engine = Interrupting()
     ring = _device.Ring(engine, SLOT, 3, 4)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    with pytest.raises(KeyboardInterrupt):
-        upload(packed, sources, ring)
-    signal.signal(signal.SIGINT, before)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            upload(packed, sources, ring)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not feeding()
     assert 10 <= engine.copies < whole.copies
     assert_equal(upload(packed, sources, ring), source)
