@@ -28,7 +28,6 @@ import collections
 import copyreg
 import enum
 import functools
-import gc
 import inspect
 import io
 import pickle
@@ -45,7 +44,7 @@ from ray.cloudpickle import CloudPickler
 from ray.cloudpickle.cloudpickle import _should_pickle_by_reference
 from torch.nn.utils import parametrize
 
-from . import _script, _script_parts
+from . import _collector, _script, _script_parts
 from ._paths import has_default_reduce, unpicklable, walk
 
 __all__ = ["Parts", "components", "packed_bytes", "put_together", "take_apart"]
@@ -625,15 +624,10 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         begin = time.perf_counter()
-        # An import makes garbage by the million; put off, collecting it would look like a slow load.
-        collecting = module in sys.modules or gc.isenabled()
-        if not collecting:
-            gc.enable()
         try:
-            found = super().find_class(module, name)
+            with _collector.put_off_to_import(module):
+                found = super().find_class(module, name)
         finally:
-            if not collecting:
-                gc.disable()
             self.import_seconds += time.perf_counter() - begin
         if self.arrived is not None and not _looks_at_nothing(found):
             self.arrived()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import pickle
 import threading
@@ -20,7 +19,7 @@ import ray.exceptions
 import torch
 from ray.actor import ActorHandle
 
-from . import _device, _graph, _layout, _mapping
+from . import _collector, _device, _graph, _layout, _mapping
 from .errors import ModelLostError, ZeroCopyError, ZeroCopyWarning
 
 __all__ = ["Loaded", "ModelRef", "build", "check", "fetch", "format_bytes", "get", "put"]
@@ -452,11 +451,5 @@ def quietly() -> Iterator[None]:
 
     Garbage collection waits: a load makes thousands of small objects and no garbage.
     """
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            yield
-    finally:
-        if collecting:
-            gc.enable()
+    with _collector.put_off(), torch.inference_mode(False), torch.no_grad():
+        yield

@@ -8,7 +8,6 @@ import contextlib
 import copy
 import copyreg
 import functools
-import gc
 import io
 import os
 import subprocess
@@ -23,6 +22,7 @@ import pytest
 import ray
 import torch
 from models import CASES, Reduced, quietly
+from test_lifetime import known_objects
 from torch import nn
 
 from ray_zerocopy import (
@@ -40,13 +40,6 @@ from ray_zerocopy import (
     prepare_model_for_actors,
     rewrite_pipeline_for_actors,
 )
-
-
-def known_objects() -> int:
-    """Return how many objects this process holds references to, as Ray counts them."""
-    gc.collect()
-    return len(ray._private.worker.global_worker.core_worker.get_all_reference_counts())
-
 
 # ---------------------------------------------------------------- what others make of a loaded model
 
@@ -332,7 +325,7 @@ def test_what_cannot_be_pickled_is_named(place: Any, path: str, ray_session: Non
     before = known_objects()
     with pytest.raises(TypeError, match=rf"Sequential cannot be shared: {path}.*__getstate__"):
         prepare_model_for_actors(model)
-    assert known_objects() == before
+    assert known_objects() <= before, "what was known before may have gone since"
 
 
 def test_a_model_larger_than_the_store(ray_session: None) -> None:
@@ -340,7 +333,7 @@ def test_a_model_larger_than_the_store(ray_session: None) -> None:
     before = known_objects()
     with pytest.raises(ZeroCopyError, match=r"1\.5 GiB to share.*holds 1\.0 GiB.*object_store_memory="):
         prepare_model_for_actors(torch.empty(3 << 29, dtype=torch.uint8))
-    assert known_objects() == before
+    assert known_objects() <= before, "what was known before may have gone since"
 
 
 @pytest.mark.parametrize("wrong", [None, "ref", 3, nn.Linear(1, 1)])

@@ -1,0 +1,116 @@
+"""The garbage collector waits for loads and imports, and is afterwards as it was."""
+
+from __future__ import annotations
+
+import gc
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ray_zerocopy._collector import put_off, put_off_to_import
+
+
+@pytest.fixture(autouse=True)
+def left_enabled() -> Iterator[None]:
+    """Let no test leave the collector off for the others."""
+    yield
+    enabled = gc.isenabled()
+    gc.enable()
+    gc.unfreeze()
+    assert enabled
+
+
+def test_blocks_in_each_other() -> None:
+    """The collector is off until the outermost block ends, and off for good where it was off before."""
+    with put_off():
+        with put_off():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    gc.disable()
+    with put_off():
+        assert not gc.isenabled()
+    assert not gc.isenabled()
+    gc.enable()
+
+
+def test_blocks_of_several_threads() -> None:
+    """A block that began within another thread's, and outlives it, leaves the collector on in the end."""
+    began, may_end = threading.Event(), threading.Event()
+
+    def longer() -> None:
+        with put_off():
+            began.set()
+            may_end.wait(20)
+
+    thread = threading.Thread(target=longer)
+    with put_off():
+        thread.start()
+        assert began.wait(20)
+    assert not gc.isenabled()
+    may_end.set()
+    thread.join()
+    assert gc.isenabled()
+
+
+def made_in_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: str) -> None:
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with put_off_to_import(name):
+        __import__(name)
+
+
+def test_what_an_import_made_is_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an import leaves is in the oldest generation and not frozen, and its garbage is collected in time."""
+    code = """
+import weakref
+class Thing: pass
+kept = [[n] for n in range(20_000)]
+cycle = Thing()
+cycle.itself = cycle
+gone = weakref.ref(cycle)
+del cycle
+"""
+    made_in_an_import(tmp_path, monkeypatch, "makes_many", code)
+    module = sys.modules.pop("makes_many")
+    assert gc.get_freeze_count() == 0
+    old = {id(thing) for thing in gc.get_objects(generation=2)}
+    assert all(id(thing) in old for thing in module.kept)
+    assert module.gone() is not None
+    gc.collect()
+    assert module.gone() is None
+
+
+def test_an_import_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An import's error comes through as itself, and the collector goes on."""
+    with pytest.raises(ZeroDivisionError):
+        made_in_an_import(tmp_path, monkeypatch, "fails_at_once", "1 / 0")
+
+
+def test_what_the_user_froze_stays_frozen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Objects that a user has frozen are still frozen after an import."""
+    gc.freeze()
+    frozen = gc.get_freeze_count()
+    assert frozen > 0
+    made_in_an_import(tmp_path, monkeypatch, "harmless", "kept = [[]]")
+    assert gc.get_freeze_count() >= frozen - 100  # some of them have died since
+
+
+def test_importing_the_package() -> None:
+    """The first import of the package, torch's within it, runs without the collector and leaves it on."""
+    code = """
+import gc
+runs = []
+gc.callbacks.append(lambda phase, info: phase == "start" and runs.append(phase))
+import ray_zerocopy
+collections = len(runs)
+assert gc.isenabled() and gc.get_freeze_count() == 0
+print(collections)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 20, "there are some hundreds where nothing is put off"
