@@ -101,6 +101,9 @@ class Net(nn.Module):
     def cuda_visible(self) -> tuple[int, str]:
         return len(ray.get_gpu_ids()), os.environ.get("MARK", "")
 
+    def assigned(self) -> dict[str, float]:
+        return ray.get_runtime_context().get_assigned_resources()
+
 
 METHODS = tuple(name for name, value in vars(Net).items() if callable(value) and not name.startswith("_"))
 
@@ -136,6 +139,8 @@ def test_options_are_rays_own(net: Any) -> None:
     ref = net.it.model_ref
     assert ray.get(call_model.options(**options).remote(ref, method_name="cuda_visible")) == (0, "here")
     assert rewrite_pipeline(net.source, "cuda_visible", **options).cuda_visible() == (0, "here")
+    head = {"node:__internal_head__": 0.001}  # a resource that Ray itself gives to a session's first node
+    assert head.items() <= rewrite_pipeline(net.source, "assigned", resources=head).assigned().items()
     with pytest.raises(ValueError, match="Invalid option"):
         rewrite_pipeline(net.source, colour="red")
 
@@ -708,6 +713,21 @@ def test_errors_arrive(net: Any) -> None:
 def test_a_killed_worker_is_retried(net: Any, tmp_path: Path) -> None:
     """A worker that dies in the middle of a call is replaced, and the call repeated."""
     assert net.it.dies_once(str(tmp_path / "died")) == "alive"
+    once = call_model.options(max_retries=0).remote(
+        net.it.model_ref, (str(tmp_path / "died again"),), method_name="dies_once"
+    )
+    with pytest.raises(ray.exceptions.WorkerCrashedError):
+        ray.get(once)
+
+
+def test_a_cancelled_call(net: Any, tmp_path: Path) -> None:
+    """`ray.cancel` ends a call that is running, and the next ones start from the shared values as ever."""
+    call = net.it.meet.remote(str(tmp_path), 0, 2)
+    wait_until(lambda: (tmp_path / "0").exists())
+    ray.cancel(call)
+    with pytest.raises(ray.exceptions.TaskCancelledError):
+        ray.get(call, timeout=60)
+    assert [net.it.count() for _ in range(2)] == [(1, 1), (1, 1)]
 
 
 def test_a_lost_model(ray_session: None) -> None:
