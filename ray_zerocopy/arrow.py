@@ -550,10 +550,11 @@ def _rows_to_column(rows: list[Any]) -> pa.Array:
 
 def _to_numpy(tensor: torch.Tensor, what: str) -> npt.NDArray[Any]:
     """Return a tensor's values as a contiguous array of a type that Arrow has, its own memory where possible."""
+    if tensor.is_nested:  # of layout strided, or jagged
+        raise TypeError(f"{what} is nested, for which Arrow has no column. Give list(tensor.unbind()).")
     if tensor.layout != torch.strided:
         raise TypeError(
-            f"{what} is of layout {tensor.layout}, for which Arrow has no column. Give tensor.to_dense(), or for a "
-            f"nested tensor list(tensor.unbind())."
+            f"{what} is of layout {tensor.layout}, for which Arrow has no column. Give tensor.to_dense()."
         )
     if tensor.dtype not in _TO_ARROW:
         remedy = "tensor.dequantize()" if tensor.is_quantized else "a tensor of another dtype"

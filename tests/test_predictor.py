@@ -474,8 +474,14 @@ def test_outputs_by_position_and_attribute(two: tuple[Two, ModelRef]) -> None:
         (lambda x: list(x), "y", None, ""),
         (lambda x: [], "y", ValueError, "Returns.output_column: .*builtins.list.*Or write postprocess"),
         (lambda x: list(x[:, None]), "y", None, ""),
+        *(
+            (lambda x, layout=layout: torch.nested.as_nested_tensor([x[:1], x], layout=layout), "y", TypeError, words)
+            for layout in (torch.strided, torch.jagged)
+            for words in [r"torch.*nested.*list\(tensor.unbind\(\)\)"]
+        ),
     ],
 )
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_outputs_that_are_no_column(
     outputs: Any, option: Any, error: Any, words: str, two: tuple[Two, ModelRef]
 ) -> None:
