@@ -262,6 +262,13 @@ class ZeroCopyPredictor:
         _defaults.check_options(made, _name(cls))
         return made
 
+    def __reduce__(self) -> Any:
+        name = _name(type(self))
+        raise TypeError(
+            f"an instance of {name} cannot be sent: it has a loaded model and threads of its own. Give Ray the class, "
+            f"of which each worker makes an instance: ds.map_batches({name}.using(model_ref))."
+        )
+
     # ------------------------------------------------------------ for subclasses to write
 
     def preprocess(self, batch: pa.Table) -> Any:

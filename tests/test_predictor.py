@@ -344,6 +344,12 @@ def test_using_checks_its_arguments(model_ref: ModelRef) -> None:
         AddOne.using(model_ref, colour="red")
 
 
+def test_an_instance_is_not_sent(model_ref: ModelRef) -> None:
+    """An instance where Ray Data wants the class is refused with what to write."""
+    with pytest.raises(TypeError, match=r"an instance of AddOne.*ds.map_batches\(AddOne.using\(model_ref\)\)"):
+        ray.put(AddOne(model_ref))
+
+
 # ---------------------------------------------------------------- the options that stand for methods
 
 
