@@ -265,8 +265,8 @@ class ZeroCopyPredictor:
     def __reduce__(self) -> Any:
         name = _name(type(self))
         raise TypeError(
-            f"an instance of {name} cannot be sent: it has a loaded model and threads of its own. Give Ray the class, "
-            f"of which each worker makes an instance: ds.map_batches({name}.using(model_ref))."
+            f"an instance of {name} cannot be sent: it has a loaded model and threads of its own. Give Ray the "
+            f"class, of which each worker makes an instance: ds.map_batches({name}.using(model_ref))."
         )
 
     # ------------------------------------------------------------ for subclasses to write
