@@ -290,7 +290,8 @@ class ZeroCopyPredictor:
         """Call the model: with a mapping's items as keyword arguments, with anything else as the one argument.
 
         The tuple that several `input_columns` give becomes positional arguments. Override it to call another
-        method, or to reduce large outputs before they leave the device.
+        method, or to reduce large outputs before they leave the device. What it returns on the CPU is not copied: a
+        model that fills the same buffer in each call needs a clone of it here.
         """
         if isinstance(inputs, Mapping):
             return self.model(**inputs)
