@@ -8,6 +8,8 @@ import sys
 import threading
 from collections.abc import Iterator
 
+__all__ = ["put_off", "put_off_to_import"]
+
 _lock = threading.Lock()
 _blocks = 0  # in how many blocks the threads of this process are
 _threshold = 0  # how many new objects make it run, before the first of them
