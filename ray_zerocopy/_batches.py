@@ -115,5 +115,6 @@ def _to_column(values: Any, what: str) -> Any:
 
 def described(value: Any) -> str:
     """Say what a value is, for an error."""
-    shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
+    nested = isinstance(value, torch.Tensor) and value.is_nested  # torch raises where one of these is asked
+    shape = f" of shape {tuple(value.shape)}" if not nested and hasattr(value, "shape") else ""
     return f"a {type(value).__module__}.{type(value).__qualname__}{shape}" if value is not None else "None"

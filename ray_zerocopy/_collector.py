@@ -8,27 +8,32 @@ import sys
 import threading
 from collections.abc import Iterator
 
+__all__ = ["put_off", "put_off_to_import"]
+
 _lock = threading.Lock()
 _blocks = 0  # in how many blocks the threads of this process are
-_enabled = False  # whether it was, before the first of them
+_threshold = 0  # how many new objects make it run, before the first of them
 
 
 @contextlib.contextmanager
 def put_off() -> Iterator[None]:
-    """Let the collector wait, in all threads, until the last of these blocks ends."""
-    global _blocks, _enabled
+    """Let the collector wait, in all threads, until the last of these blocks ends.
+
+    By its threshold, so that code which a block runs, or another thread, may turn it off or on for its own reasons.
+    """
+    global _blocks, _threshold
     with _lock:
         _blocks += 1
         if _blocks == 1:
-            _enabled = gc.isenabled()
-            gc.disable()
+            _threshold = gc.get_threshold()[0]
+            gc.set_threshold(0)
     try:
         yield
     finally:
         with _lock:
             _blocks -= 1
-            if _blocks == 0 and _enabled:
-                gc.enable()
+            if _blocks == 0 and gc.get_threshold()[0] == 0:
+                gc.set_threshold(_threshold)
 
 
 @contextlib.contextmanager

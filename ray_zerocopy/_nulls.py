@@ -57,8 +57,15 @@ def failing_rows(preprocess: Callable[[pa.Table], Any], batch: pa.Table, error: 
 
 def no_rows(batch: pa.Table) -> pa.Table:
     """Return a table without rows, with numbers where a column has nothing but nulls: its rows fail, not its type."""
-    fields = (field.with_type(pa.float32()) if pa.types.is_null(field.type) else field for field in batch.schema)
-    return pa.schema(fields).empty_table()
+    return pa.schema(field.with_type(_numbers_for_nulls(field.type)) for field in batch.schema).empty_table()
+
+
+def _numbers_for_nulls(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_null(kind):
+        return pa.float32()
+    if pa.types.is_list(kind):  # as Arrow reads rows without items, too
+        return pa.list_(_numbers_for_nulls(kind.value_type))
+    return kind
 
 
 def without(batch: pa.Table, rows: Iterable[int]) -> pa.Table:

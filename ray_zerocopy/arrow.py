@@ -53,18 +53,18 @@ import torch
 
 __all__ = ["column_chunks", "column_to_padded", "column_to_tensor", "tensor_to_column"]
 
-_DTYPES = {
-    pa.int8(): torch.int8,
-    pa.int16(): torch.int16,
-    pa.int32(): torch.int32,
-    pa.int64(): torch.int64,
-    pa.uint8(): torch.uint8,
-    pa.uint16(): torch.uint16,
-    pa.uint32(): torch.uint32,
-    pa.uint64(): torch.uint64,
-    pa.float16(): torch.float16,
-    pa.float32(): torch.float32,
-    pa.float64(): torch.float64,
+_DTYPES = {  # by id: Python's own types of extensions have no hash
+    pa.int8().id: torch.int8,
+    pa.int16().id: torch.int16,
+    pa.int32().id: torch.int32,
+    pa.int64().id: torch.int64,
+    pa.uint8().id: torch.uint8,
+    pa.uint16().id: torch.uint16,
+    pa.uint32().id: torch.uint32,
+    pa.uint64().id: torch.uint64,
+    pa.float16().id: torch.float16,
+    pa.float32().id: torch.float32,
+    pa.float64().id: torch.float64,
 }
 _AS_FLOAT32 = frozenset(
     getattr(torch, name)
@@ -251,7 +251,7 @@ def _rows(array: Any, column: _Column, outermost: bool = True) -> torch.Tensor:
     count = len(array)
     if array.null_count:
         raise ValueError(_nulls_within(column, array))
-    if kind in _DTYPES:
+    if kind.id in _DTYPES:
         return _numbers(array)
     if pa.types.is_fixed_size_list(kind):
         # values is the whole array's, whatever the slice.
@@ -300,7 +300,7 @@ def _numbers(array: Any) -> torch.Tensor:
     Not `torch.from_numpy` or `torch.frombuffer` of the array, which warn of read-only memory on each healthy
     batch; that warning is this module's Note [A batch is shared memory].
     """
-    dtype = _DTYPES[array.type]
+    dtype = _DTYPES[array.type.id]
     if not len(array):
         return torch.empty(0, dtype=dtype)
     buffer = array.buffers()[1]
@@ -364,7 +364,7 @@ def _column(batch: Any, name: str) -> _Column:
         )
     _check_type(kind, name, kind)
     if chunked.null_count:
-        fill = f" Fill them, pc.fill_null(batch[{name!r}], 0), or drop" if kind in _DTYPES else " Drop"
+        fill = f" Fill them, pc.fill_null(batch[{name!r}], 0), or drop" if kind.id in _DTYPES else " Drop"
         raise ValueError(
             f"column '{name}' ({kind}) has {chunked.null_count} nulls in {len(chunked)} rows, and tensors have no "
             f"nulls.{fill} those rows, batch.filter(pc.is_valid(batch[{name!r}])), where pc is pyarrow.compute."
@@ -382,7 +382,7 @@ def _is_extension(kind: Any, names: frozenset[str]) -> bool:
 
 def _check_type(kind: Any, name: str, column_kind: Any) -> None:
     """Raise TypeError with the remedy unless `kind`, the column's type or one inside it, has a tensor form."""
-    if kind in _DTYPES:
+    if kind.id in _DTYPES:
         return
     if _is_list(kind) or pa.types.is_fixed_size_list(kind):
         return _check_type(kind.value_type, name, column_kind)
@@ -410,15 +410,19 @@ def _remedy(kind: Any, name: str, column_kind: Any) -> str:
         return cast("int32")
     if types.is_temporal(kind) and not types.is_interval(kind):
         return cast("int64")
-    if types.is_dictionary(kind):
-        return f"Decode it, {column}.cast({column}.type.value_type), or take the codes, chunk.indices, of each chunk."
-    if types.is_struct(kind):
-        return f"Take one of its fields: pyarrow.compute.struct_field({column}, ...)."
-    if "list_view" in str(kind):
-        # Not by Arrow's cast, which makes broken lists of it (pyarrow 26).
-        return f"Make lists of it: pa.array({column}.to_pylist(), pa.list_({column}.type.value_type))."
-    if types.is_map(kind):
-        return f"Make lists of its values: pa.array([[value for _, value in row] for row in {column}.to_pylist()])."
+    if kind == column_kind:
+        if types.is_dictionary(kind):
+            decoded = f"{column}.cast({column}.type.value_type)"
+            return f"Decode it, {decoded}, or take the codes, chunk.indices, of each chunk."
+        if types.is_struct(kind):
+            return f"Take one of its fields: pyarrow.compute.struct_field({column}, ...)."
+        if "list_view" in str(kind):
+            # Not by Arrow's cast, which makes broken lists of it (pyarrow 26).
+            return f"Make lists of it: pa.array({column}.to_pylist(), pa.list_({column}.type.value_type))."
+        if types.is_map(kind):
+            return (
+                f"Make lists of its values: pa.array([[value for _, value in row] for row in {column}.to_pylist()])."
+            )
     if types.is_null(kind):
         return "It holds nothing but nulls: give it a type where it is made."
     if "binary" in str(kind) and kind == column_kind:
@@ -431,9 +435,9 @@ def _remedy(kind: Any, name: str, column_kind: Any) -> str:
     if _is_extension(kind, _RAY_PICKLED):
         return (
             "Ray Data pickled its objects, because the rows fitted no Arrow type. Make rows of one dtype and one "
-            "number of dimensions."
+            "number of dimensions; where some are null, take batch_format='pyarrow', which knows nulls."
         )
-    if isinstance(kind, pa.BaseExtensionType) and hasattr(kind, "storage_type"):
+    if kind == column_kind and isinstance(kind, pa.BaseExtensionType) and hasattr(kind, "storage_type"):
         return f"Cast it to what stores it: {column}.cast({column}.type.storage_type)."
     return f"Make numbers of it first, from {column}.to_pylist()."
 
@@ -546,10 +550,11 @@ def _rows_to_column(rows: list[Any]) -> pa.Array:
 
 def _to_numpy(tensor: torch.Tensor, what: str) -> npt.NDArray[Any]:
     """Return a tensor's values as a contiguous array of a type that Arrow has, its own memory where possible."""
+    if tensor.is_nested:  # of layout strided, or jagged
+        raise TypeError(f"{what} is nested, for which Arrow has no column. Give list(tensor.unbind()).")
     if tensor.layout != torch.strided:
         raise TypeError(
-            f"{what} is of layout {tensor.layout}, for which Arrow has no column. Give tensor.to_dense(), or for a "
-            f"nested tensor list(tensor.unbind())."
+            f"{what} is of layout {tensor.layout}, for which Arrow has no column. Give tensor.to_dense()."
         )
     if tensor.dtype not in _TO_ARROW:
         remedy = "tensor.dequantize()" if tensor.is_quantized else "a tensor of another dtype"

@@ -262,6 +262,13 @@ class ZeroCopyPredictor:
         _defaults.check_options(made, _name(cls))
         return made
 
+    def __reduce__(self) -> Any:
+        name = _name(type(self))
+        raise TypeError(
+            f"an instance of {name} cannot be sent: it has a loaded model and threads of its own. Give Ray the "
+            f"class, of which each worker makes an instance: ds.map_batches({name}.using(model_ref))."
+        )
+
     # ------------------------------------------------------------ for subclasses to write
 
     def preprocess(self, batch: pa.Table) -> Any:
@@ -283,7 +290,8 @@ class ZeroCopyPredictor:
         """Call the model: with a mapping's items as keyword arguments, with anything else as the one argument.
 
         The tuple that several `input_columns` give becomes positional arguments. Override it to call another
-        method, or to reduce large outputs before they leave the device.
+        method, or to reduce large outputs before they leave the device. What it returns on the CPU is not copied: a
+        model that fills the same buffer in each call needs a clone of it here.
         """
         if isinstance(inputs, Mapping):
             return self.model(**inputs)

@@ -26,6 +26,7 @@ from ray.data.block import BlockAccessor
 from ray.data.extensions import ArrowTensorTypeV2, FixedShapeTensorFormat
 
 import ray_zerocopy.arrow
+from ray_zerocopy._batches import to_arrow
 from ray_zerocopy.arrow import column_chunks, column_to_padded, column_to_tensor, tensor_to_column
 
 NUMBERS = {
@@ -295,6 +296,21 @@ def test_a_write_reaches_the_batch_unless_cloned() -> None:
 
 # ---------------------------------------------------------------- what cannot be shared
 
+
+class Celsius(pa.ExtensionType):
+    """A type of the user's own, which pyarrow gives no hash."""
+
+    def __init__(self) -> None:
+        super().__init__(pa.float64(), "celsius")
+
+    def __arrow_ext_serialize__(self) -> bytes:
+        return b""
+
+    @classmethod
+    def __arrow_ext_deserialize__(cls, storage: pa.DataType, serialized: bytes) -> Celsius:
+        return cls()
+
+
 BAD_TYPES: dict[str, tuple[Callable[[], Any], str, str]] = {
     "bool": (lambda: pa.array([True]), "(bool) has type bool", r"batch['x'].cast(pa.uint8())"),
     "ray bool": (lambda: ray_column(np.ones((2, 3), bool)), "holds type bool", "values of type uint8"),
@@ -311,12 +327,31 @@ BAD_TYPES: dict[str, tuple[Callable[[], Any], str, str]] = {
     "list view": (lambda: pa.array([[1]], pa.list_view(pa.int64())), "list_view", "pa.list_("),
     "null": (lambda: pa.nulls(2), "null", "give it a type"),
     "ray objects": (lambda: ray_column(ragged((1, 2), (3,))), "arrow_pickled_object", "one number of dimensions"),
+    "ray objects, null": (
+        lambda: to_arrow({"x": np.array([np.ones(2), None], dtype=object)}, "A")["x"],
+        "arrow_pickled_object",
+        "batch_format='pyarrow'",
+    ),
     "map": (lambda: pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())), "map<", "to_pylist()"),
     "extension": (
         lambda: pa.array([1, 0], pa.int8()).cast(pa.bool8()),
         "arrow.bool8",
         "cast(batch['x'].type.storage_type)",
     ),
+    "a user's extension": (
+        lambda: pa.ExtensionArray.from_storage(Celsius(), pa.array([1.5])),
+        "extension<celsius",
+        "cast(batch['x'].type.storage_type)",
+    ),
+    **{
+        # What helps a column of these does not help a column of lists of them.
+        f"list of {kind}": (
+            lambda kind=kind: pa.array([[]], pa.list_(kind)),
+            f"holds type {kind}",
+            "from batch['x'].to",
+        )
+        for kind in (pa.struct({"a": pa.int64()}), pa.dictionary(pa.int8(), pa.int64()), pa.list_view(pa.int64()))
+    },
 }
 
 

@@ -15,31 +15,63 @@ from ray_zerocopy._collector import put_off, put_off_to_import
 
 
 @pytest.fixture(autouse=True)
-def left_enabled() -> Iterator[None]:
-    """Let no test leave the collector off for the others."""
+def left_as_it_was() -> Iterator[None]:
+    """Let no test leave the collector off, or otherwise set, for the others."""
+    before = gc.isenabled(), gc.get_threshold()
     yield
-    enabled = gc.isenabled()
+    after = gc.isenabled(), gc.get_threshold()
     gc.enable()
+    gc.set_threshold(*before[1])
     gc.unfreeze()
-    assert enabled
+    assert after == before
+
+
+def runs() -> bool:
+    """Say whether the collector runs by itself when many objects are made."""
+    seen: list[str] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        seen.append(phase)
+
+    gc.callbacks.append(note)
+    kept = [[] for _ in range(20_000)]
+    gc.callbacks.remove(note)
+    del kept
+    return bool(seen)
 
 
 def test_blocks_in_each_other() -> None:
-    """The collector is off until the outermost block ends, and off for good where it was off before."""
+    """The collector waits until the outermost block ends, and stays off where it was off before."""
     with put_off():
         with put_off():
-            assert not gc.isenabled()
-        assert not gc.isenabled()
-    assert gc.isenabled()
+            assert not runs()
+        assert not runs()
+    assert runs()
     gc.disable()
     with put_off():
-        assert not gc.isenabled()
-    assert not gc.isenabled()
+        pass
+    assert not runs()
     gc.enable()
 
 
+def test_what_a_block_sets_stays() -> None:
+    """Code in a block may turn the collector off or on, or set its threshold, and finds that so afterwards."""
+    before = gc.get_threshold()
+    with put_off():
+        gc.disable()
+    assert not gc.isenabled()
+    with put_off():
+        gc.enable()
+        assert not runs()
+    assert runs()
+    with put_off():
+        gc.set_threshold(1234, 5, 6)
+    assert gc.get_threshold()[:2] == (1234, 5)
+    gc.set_threshold(*before)
+
+
 def test_blocks_of_several_threads() -> None:
-    """A block that began within another thread's, and outlives it, leaves the collector on in the end."""
+    """A block that began within another thread's, and outlives it, leaves the collector as it was in the end."""
     began, may_end = threading.Event(), threading.Event()
 
     def longer() -> None:
@@ -51,10 +83,10 @@ def test_blocks_of_several_threads() -> None:
     with put_off():
         thread.start()
         assert began.wait(20)
-    assert not gc.isenabled()
+    assert not runs()
     may_end.set()
     thread.join()
-    assert gc.isenabled()
+    assert runs()
 
 
 def made_in_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: str) -> None:
@@ -104,11 +136,11 @@ def test_importing_the_package() -> None:
     """The first import of the package, torch's within it, runs without the collector and leaves it on."""
     code = """
 import gc
-runs = []
+before, runs = gc.get_threshold(), []
 gc.callbacks.append(lambda phase, info: phase == "start" and runs.append(phase))
 import ray_zerocopy
 collections = len(runs)
-assert gc.isenabled() and gc.get_freeze_count() == 0
+assert gc.isenabled() and gc.get_threshold() == before and gc.get_freeze_count() == 0
 print(collections)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
