@@ -4,31 +4,54 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import sys
 import threading
 from collections.abc import Iterator
 
-_lock = threading.Lock()
-_blocks = 0  # in how many blocks the threads of this process are
-_enabled = False  # whether it was, before the first of them
+_lock = threading.RLock()  # a finalizer may run within it, and load a model
+_blocks: dict[object, int] = {}  # the blocks that have begun and not ended, each with its thread
+_owed = False  # whether the collector is to be enabled after the last of them
+# CPython 3.12 freezes some hundreds of its own objects when it starts; gc.freeze() takes thousands at the least.
+_FROZEN_BY_PYTHON = 1000
 
 
 @contextlib.contextmanager
 def put_off() -> Iterator[None]:
     """Let the collector wait, in all threads, until the last of these blocks ends."""
-    global _blocks, _enabled
-    with _lock:
-        _blocks += 1
-        if _blocks == 1:
-            _enabled = gc.isenabled()
-            gc.disable()
+    global _owed
+    block = object()
     try:
+        with _lock:
+            first = not _blocks
+            _blocks[block] = threading.get_ident()
+            if first:
+                _owed = _owed or gc.isenabled()
+                gc.disable()
         yield
     finally:
         with _lock:
-            _blocks -= 1
-            if _blocks == 0 and _enabled:
-                gc.enable()
+            _blocks.pop(block, None)
+            _settle()
+
+
+def _settle() -> None:
+    global _owed
+    if _owed and not _blocks:
+        gc.enable()
+        _owed = False
+
+
+def _after_fork() -> None:
+    """End the blocks of the parent's other threads, which the child does not have, nor what they held."""
+    global _lock
+    _lock = threading.RLock()
+    for block in [block for block, thread in _blocks.items() if thread != threading.get_ident()]:
+        del _blocks[block]
+    _settle()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 @contextlib.contextmanager
@@ -46,6 +69,6 @@ def put_off_to_import(module: str) -> Iterator[None]:
         try:
             yield
         finally:
-            if not gc.get_freeze_count():  # else unfreeze() would undo what someone wanted
+            if gc.get_freeze_count() < _FROZEN_BY_PYTHON:  # else unfreeze() would undo what someone wanted
                 gc.freeze()
                 gc.unfreeze()
