@@ -367,7 +367,8 @@ def _reduce_exported(program: Any) -> Any:
 def _rebuild_exported(graph: Any, state: dict[str, Tensor], constants: dict[str, Any], example: Any) -> Any:
     from torch._export.serde.serialize import ExportedProgramDeserializer
 
-    return ExportedProgramDeserializer().deserialize(graph, state, constants, example)
+    with _one_at_a_time:
+        return ExportedProgramDeserializer().deserialize(graph, state, constants, example)
 
 
 def _reduce_parametrized(module: torch.nn.Module) -> Any:
@@ -393,8 +394,8 @@ def _set_parametrized_state(module: torch.nn.Module, state: Any) -> None:
 
 _GraphModule: Any = torch.fx.GraphModule
 _OF_GRAPH = ("_graph", "_code", "_lineno_map", "_prologue_start")
-# torch puts the code that it traces on a class, one for all threads.
-_tracing = threading.Lock()
+# torch puts the code that it traces on a class, one for all threads, and its reader of exported programs in a global.
+_one_at_a_time = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -458,7 +459,7 @@ def _rebuild_of_nodes(name: str, state: dict[str, Any], nodes: list[tuple[Any, .
 
 def _rebuild_traced(body: dict[str, Any], imports: str) -> torch.nn.Module:
     """Make a GraphModule as torch does, but with the hooks, names and order that it had."""
-    with _tracing:
+    with _one_at_a_time:
         module = torch.fx.graph_module.reduce_graph_module(body, imports)
     module.__dict__.update((name, value) for name, value in body.items() if name not in _OF_GRAPH)
     return module

@@ -164,6 +164,14 @@ def test_writes_stay_private(name: str, shared: tuple[Any, Any]) -> None:
     assert describe(load_model_in_actor(ref, keep_flags=True)) == before
 
 
+@pytest.mark.parametrize("name", ["exported_program"])
+def test_exported_programs_in_threads(name: str, shared: tuple[Any, Any]) -> None:
+    """Exported programs that several threads load at once are all there."""
+    with switching_often(), ThreadPoolExecutor(4) as threads:
+        loaded = list(threads.map(load_model_in_actor, [shared[1]] * 12))
+    assert {str(program.graph_signature) for program in loaded} == {str(loaded[0].graph_signature)}
+
+
 @contextlib.contextmanager
 def switching_often() -> Iterator[None]:
     """Let threads take turns every 10 us."""
