@@ -251,7 +251,7 @@ def _rows(array: Any, column: _Column, outermost: bool = True) -> torch.Tensor:
     count = len(array)
     if array.null_count:
         raise ValueError(_nulls_within(column, array))
-    if kind in _DTYPES:
+    if _is_number(kind):
         return _numbers(array)
     if pa.types.is_fixed_size_list(kind):
         # values is the whole array's, whatever the slice.
@@ -364,12 +364,17 @@ def _column(batch: Any, name: str) -> _Column:
         )
     _check_type(kind, name, kind)
     if chunked.null_count:
-        fill = f" Fill them, pc.fill_null(batch[{name!r}], 0), or drop" if kind in _DTYPES else " Drop"
+        fill = f" Fill them, pc.fill_null(batch[{name!r}], 0), or drop" if _is_number(kind) else " Drop"
         raise ValueError(
             f"column '{name}' ({kind}) has {chunked.null_count} nulls in {len(chunked)} rows, and tensors have no "
             f"nulls.{fill} those rows, batch.filter(pc.is_valid(batch[{name!r}])), where pc is pyarrow.compute."
         )
     return _Column(name, kind, chunked.chunks or [pa.nulls(0, kind)])
+
+
+def _is_number(kind: Any) -> bool:
+    # Earlier versions of Ray have tensor types that cannot be looked up.
+    return not isinstance(kind, pa.BaseExtensionType) and kind in _DTYPES
 
 
 def _is_list(kind: Any) -> bool:
@@ -382,12 +387,14 @@ def _is_extension(kind: Any, names: frozenset[str]) -> bool:
 
 def _check_type(kind: Any, name: str, column_kind: Any) -> None:
     """Raise TypeError with the remedy unless `kind`, the column's type or one inside it, has a tensor form."""
-    if kind in _DTYPES:
+    if _is_number(kind):
         return
     if _is_list(kind) or pa.types.is_fixed_size_list(kind):
         return _check_type(kind.value_type, name, column_kind)
     if isinstance(kind, pa.FixedShapeTensorType) or _is_extension(kind, _RAY_FIXED | _RAY_VARIABLE):
-        return _check_type(kind.value_type, name, column_kind)
+        stored = kind.storage_type
+        rows = stored.field("data").type if pa.types.is_struct(stored) else stored
+        return _check_type(rows.value_type, name, column_kind)
     raise TypeError(
         f"column '{name}' ({column_kind}) {'has' if kind == column_kind else 'holds'} type {kind}, which has no "
         f"tensor form. {_remedy(kind, name, column_kind)}"
