@@ -9,6 +9,8 @@ import sys
 import threading
 from collections.abc import Iterator
 
+__all__ = ["put_off", "put_off_to_import"]
+
 _lock = threading.RLock()  # a finalizer may run within it, and load a model
 _blocks: dict[object, int] = {}  # the blocks that have begun and not ended, each with its thread
 _owed = False  # whether the collector is to be enabled after the last of them
