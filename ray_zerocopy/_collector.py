@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import sys
 import threading
 from collections.abc import Iterator
 
 __all__ = ["put_off", "put_off_to_import"]
 
-_lock = threading.Lock()
-_blocks = 0  # in how many blocks the threads of this process are
-_threshold = 0  # how many new objects make it run, before the first of them
+_lock = threading.RLock()  # a finalizer may run within it, and load a model
+_blocks: dict[object, int] = {}  # the blocks that have begun and not ended, each with its thread
+_threshold = 0  # how many new objects make the collector run, to be set again after the last of them
+# CPython 3.12 freezes some hundreds of its own objects when it starts; gc.freeze() takes thousands at the least.
+_FROZEN_BY_PYTHON = 1000
 
 
 @contextlib.contextmanager
@@ -21,19 +24,40 @@ def put_off() -> Iterator[None]:
 
     By its threshold, so that code which a block runs, or another thread, may turn it off or on for its own reasons.
     """
-    global _blocks, _threshold
-    with _lock:
-        _blocks += 1
-        if _blocks == 1:
-            _threshold = gc.get_threshold()[0]
-            gc.set_threshold(0)
+    global _threshold
+    block = object()
     try:
+        with _lock:
+            first = not _blocks
+            _blocks[block] = threading.get_ident()
+            if first:
+                _threshold = _threshold or gc.get_threshold()[0]
+                gc.set_threshold(0)
         yield
     finally:
         with _lock:
-            _blocks -= 1
-            if _blocks == 0 and gc.get_threshold()[0] == 0:
-                gc.set_threshold(_threshold)
+            _blocks.pop(block, None)
+            _settle()
+
+
+def _settle() -> None:
+    global _threshold
+    if _threshold and not _blocks:
+        if gc.get_threshold()[0] == 0:
+            gc.set_threshold(_threshold)
+        _threshold = 0
+
+
+def _after_fork() -> None:
+    """End the blocks of the parent's other threads, which the child does not have, nor what they held."""
+    global _lock
+    _lock = threading.RLock()
+    for block in [block for block, thread in _blocks.items() if thread != threading.get_ident()]:
+        del _blocks[block]
+    _settle()
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 @contextlib.contextmanager
@@ -51,6 +75,6 @@ def put_off_to_import(module: str) -> Iterator[None]:
         try:
             yield
         finally:
-            if not gc.get_freeze_count():  # else unfreeze() would undo what someone wanted
+            if gc.get_freeze_count() < _FROZEN_BY_PYTHON:  # else unfreeze() would undo what someone wanted
                 gc.freeze()
                 gc.unfreeze()

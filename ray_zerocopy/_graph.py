@@ -25,12 +25,15 @@ and containers need no rule of their own.
 from __future__ import annotations
 
 import collections
+import contextlib
 import copyreg
+import dataclasses
 import enum
 import functools
 import inspect
 import io
 import pickle
+import pkgutil
 import sys
 import threading
 import time
@@ -40,6 +43,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from ray import cloudpickle
 from ray.cloudpickle import CloudPickler
 from ray.cloudpickle.cloudpickle import _should_pickle_by_reference
 from torch.nn.utils import parametrize
@@ -244,7 +248,7 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
                 self.opaque.append(obj)
                 self.constructs = True
                 if kind.__reduce__ is _GraphModule.__reduce__:
-                    return _rebuild_traced, obj.__reduce__()[1]
+                    return _reduce_traced(obj)
             elif _has_plain_state(kind):
                 return _new, (kind,), _state_of(kind, obj), None, None, _set_state
             elif isinstance(state := _state_of(kind, obj), tuple) and not hasattr(kind, "__getnewargs__"):
@@ -363,7 +367,8 @@ def _reduce_exported(program: Any) -> Any:
 def _rebuild_exported(graph: Any, state: dict[str, Tensor], constants: dict[str, Any], example: Any) -> Any:
     from torch._export.serde.serialize import ExportedProgramDeserializer
 
-    return ExportedProgramDeserializer().deserialize(graph, state, constants, example)
+    with _one_at_a_time:
+        return ExportedProgramDeserializer().deserialize(graph, state, constants, example)
 
 
 def _reduce_parametrized(module: torch.nn.Module) -> Any:
@@ -388,16 +393,75 @@ def _set_parametrized_state(module: torch.nn.Module, state: Any) -> None:
 
 
 _GraphModule: Any = torch.fx.GraphModule
-# torch puts the code that it traces on a class, one for all threads.
-_tracing = threading.Lock()
+_OF_GRAPH = ("_graph", "_code", "_lineno_map", "_prologue_start")
+# torch puts the code that it traces on a class, one for all threads, and its reader of exported programs in a global.
+_one_at_a_time = threading.Lock()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Earlier:
+    """Stands for a node among the arguments of a later one."""
+
+    number: int
+
+
+def _reduce_traced(module: Any) -> Any:
+    """Describe a GraphModule by its nodes, or by its code where these do not pickle.
+
+    The code is traced to have nodes again, and torch changes `nn.Module` itself while it traces: whoever calls a
+    model in another thread meanwhile gets an error.
+    """
+    codegen = module.graph._codegen
+    if type(codegen) is torch.fx.graph.CodeGen and codegen._body_transformer is None:
+        nodes: list[tuple[Any, ...]] = []
+        numbers: dict[Any, _Earlier] = {}
+        with contextlib.suppress(Exception):
+            for node in module.graph.nodes:
+                args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), numbers.__getitem__)  # type: ignore[arg-type]
+                target = _found_again(node.target) if node.op == "call_function" else node.target
+                numbers[node] = _Earlier(len(nodes))
+                nodes.append((node.op, target, args, kwargs, node.name, node.type))
+            cloudpickle.dumps(nodes)
+            state = {name: value for name, value in module.__dict__.items() if name not in _OF_GRAPH}
+            return _rebuild_of_nodes, (type(module).__name__, state, nodes)
+    return _rebuild_traced, module.__reduce__()[1]
+
+
+def _found_again(function: Any) -> Any:
+    """Return a function as it can be pickled, or its name; LookupError where neither leads back to it."""
+    with contextlib.suppress(Exception):
+        if pickle.loads(pickle.dumps(function)) is function:
+            return function
+    name = torch.fx.node._get_qualified_name(function)
+    if pkgutil.resolve_name(name) is not function:
+        raise LookupError(name)
+    return name
+
+
+def _rebuild_of_nodes(name: str, state: dict[str, Any], nodes: list[tuple[Any, ...]]) -> torch.nn.Module:
+    graph = torch.fx.Graph(tracer_cls=state.get("_tracer_cls"), tracer_extras=state.get("_tracer_extras"))
+    made: list[Any] = []
+
+    def known(part: Any) -> Any:
+        return made[part.number] if type(part) is _Earlier else part
+
+    for op, target, args, kwargs, called, kind in nodes:
+        if op == "call_function" and isinstance(target, str):
+            target = pkgutil.resolve_name(target)
+        given = torch.fx.node.map_aggregate((args, kwargs), known)
+        made.append(graph.create_node(op, target, *given, called, kind))
+    root = torch.nn.Module()
+    root.__dict__.update(state)
+    module: torch.nn.Module = _GraphModule(root, graph, name)
+    module.__dict__.update(state)
+    return module
 
 
 def _rebuild_traced(body: dict[str, Any], imports: str) -> torch.nn.Module:
     """Make a GraphModule as torch does, but with the hooks, names and order that it had."""
-    with _tracing:
+    with _one_at_a_time:
         module = torch.fx.graph_module.reduce_graph_module(body, imports)
-    of_graph = ("_code", "_lineno_map", "_prologue_start")
-    module.__dict__.update((name, value) for name, value in body.items() if name not in of_graph)
+    module.__dict__.update((name, value) for name, value in body.items() if name not in _OF_GRAPH)
     return module
 
 

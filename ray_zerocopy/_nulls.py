@@ -212,7 +212,7 @@ def _no_values(kind: pa.DataType, rows: int) -> Any:
     stored = kind.storage_type
     if pa.types.is_struct(stored):
         return pa.ExtensionArray.from_storage(kind, pa.array([{"data": [], "shape": [0] * kind.ndim}] * rows, stored))
-    item, size = kind.value_type, math.prod(kind.shape)
+    item, size = stored.value_type, math.prod(kind.shape)
     if pa.types.is_floating(item):
         items = pa.array(np.full(size, np.nan, item.to_pandas_dtype()))
     else:  # numbers, bools, times, and the bytes of Ray's tensors of text

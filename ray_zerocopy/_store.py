@@ -210,7 +210,9 @@ def _check_room(name: str, nbytes: int) -> None:
 def _session() -> str:
     if not ray.is_initialized():
         ray.init()  # as ray.put does
-    return str(ray.get_runtime_context().get_session_name())
+    context = ray.get_runtime_context()
+    # Before Ray had names for sessions it had this: the same in driver, client and workers, another in each session.
+    return str(context.get_session_name() if hasattr(context, "get_session_name") else context.gcs_address)
 
 
 # ---------------------------------------------------------------- out of the store

@@ -387,7 +387,9 @@ def _check_type(kind: Any, name: str, column_kind: Any) -> None:
     if _is_list(kind) or pa.types.is_fixed_size_list(kind):
         return _check_type(kind.value_type, name, column_kind)
     if isinstance(kind, pa.FixedShapeTensorType) or _is_extension(kind, _RAY_FIXED | _RAY_VARIABLE):
-        return _check_type(kind.value_type, name, column_kind)
+        stored = kind.storage_type
+        rows = stored.field("data").type if pa.types.is_struct(stored) else stored
+        return _check_type(rows.value_type, name, column_kind)
     raise TypeError(
         f"column '{name}' ({column_kind}) {'has' if kind == column_kind else 'holds'} type {kind}, which has no "
         f"tensor form. {_remedy(kind, name, column_kind)}"

@@ -7,6 +7,7 @@ import collections
 import contextlib
 import copy
 import copyreg
+import dataclasses
 import functools
 import io
 import os
@@ -334,6 +335,15 @@ def test_a_model_larger_than_the_store(ray_session: None) -> None:
     with pytest.raises(ZeroCopyError, match=r"1\.5 GiB to share.*holds 1\.0 GiB.*object_store_memory="):
         prepare_model_for_actors(torch.empty(3 << 29, dtype=torch.uint8))
     assert known_objects() <= before, "what was known before may have gone since"
+
+
+def test_rays_without_names_of_sessions(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray 2.44 has no name for its session: another sign of it does, and a handle of another one is told."""
+    monkeypatch.delattr(ray.runtime_context.RuntimeContext, "get_session_name")
+    ref = prepare_model_for_actors(nn.Linear(2, 2))
+    assert load_model_in_actor(ref).in_features == 2
+    with pytest.raises(ModelLostError, match="from another Ray session"):
+        load_model_in_actor(dataclasses.replace(ref, session="127.0.0.1:1"))
 
 
 @pytest.mark.parametrize("wrong", [None, "ref", 3, nn.Linear(1, 1)])

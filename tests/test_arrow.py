@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ray.data import DataContext
 from ray.data.block import BlockAccessor
-from ray.data.extensions import ArrowTensorTypeV2, FixedShapeTensorFormat
+from ray.data.extensions import ArrowTensorArray, ArrowTensorTypeV2, FixedShapeTensorFormat
 
 import ray_zerocopy.arrow
 from ray_zerocopy._batches import to_arrow
@@ -785,3 +785,18 @@ def test_the_examples_run() -> None:
     result = doctest.testmod(ray_zerocopy.arrow)
     assert result.attempted >= 8
     assert not result.failed
+
+
+@pytest.mark.parametrize("rows", [[[1.0, 2.0], [3.0, 4.0]], [[1.0], [2.0, 3.0]]])
+def test_tensor_types_of_earlier_rays(rows: list[list[float]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's tensor columns are read where its types have no hash and no value_type, as in Ray 2.44."""
+    column = ArrowTensorArray.from_numpy([np.array(row, dtype=np.float32) for row in rows])
+    monkeypatch.setattr(type(column.type), "__hash__", None)
+    for kind in type(column.type).__mro__:
+        if kind.__module__.startswith("ray.") and "value_type" in kind.__dict__:
+            monkeypatch.delattr(kind, "value_type")
+    table = pa.table({"x": column})
+    if len(rows[0]) == len(rows[1]):
+        assert column_to_tensor(table, "x").tolist() == rows
+    else:
+        assert column_to_padded(table, "x")[0].tolist() == [[1.0, 0.0], [2.0, 3.0]]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import itertools
 import pickle
 import re
 import sys
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -161,18 +164,82 @@ def test_writes_stay_private(name: str, shared: tuple[Any, Any]) -> None:
     assert describe(load_model_in_actor(ref, keep_flags=True)) == before
 
 
+@pytest.mark.parametrize("name", ["exported_program"])
+def test_exported_programs_in_threads(name: str, shared: tuple[Any, Any]) -> None:
+    """Exported programs that several threads load at once are all there."""
+    with switching_often(), ThreadPoolExecutor(4) as threads:
+        loaded = list(threads.map(load_model_in_actor, [shared[1]] * 12))
+    assert {str(program.graph_signature) for program in loaded} == {str(loaded[0].graph_signature)}
+
+
+@contextlib.contextmanager
+def switching_often() -> Iterator[None]:
+    """Let threads take turns every 10 us."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+
+
 def test_graph_modules_in_threads(ray_session: None) -> None:
     """GraphModules that several threads load at once each get their own code."""
     sources = [torch.fx.symbolic_trace(nn.Sequential(*[nn.ReLU()] * n)) for n in range(1, 5)]
     refs = [prepare_model_for_actors(source) for source in sources]
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        with ThreadPoolExecutor(len(refs)) as threads:
-            loaded = list(threads.map(load_model_in_actor, refs * 10))
-    finally:
-        sys.setswitchinterval(interval)
+    with switching_often(), ThreadPoolExecutor(len(refs)) as threads:
+        loaded = list(threads.map(load_model_in_actor, refs * 10))
     assert [model.code for model in loaded] == [source.code for source in sources] * 10
+
+
+class Calls(nn.Module):
+    """Calls functions of all kinds: of Python, of C, an operator, one that torch has made of two, a method."""
+
+    def forward(self, x: torch.Tensor, scale: float = 2.0, *rest: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        pooled = torch.nn.functional.max_pool2d(x, kernel_size=2)
+        summed = torch.ops.aten.add.Tensor(pooled, pooled[..., :1])
+        parts = torch.chunk(summed.to(torch.float64), 2, dim=-1)
+        return torch.cat([parts[1], parts[0]]) * scale, {"gelu": torch.nn.functional.gelu(x), "rest": rest}
+
+
+def test_graph_modules_load_while_others_are_called(ray_session: None) -> None:
+    """A model that another thread calls knows nothing of the GraphModules that are loaded meanwhile."""
+    source = torch.fx.symbolic_trace(nn.Sequential(*[nn.Linear(4, 4) for _ in range(20)], nn.ReLU()))
+    ref = prepare_model_for_actors(source)
+    other = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    loaded = threading.Event()
+
+    def call() -> int:
+        calls = 0
+        while not loaded.is_set():
+            assert type(other(torch.ones(1, 4))) is torch.Tensor
+            calls += 1
+        return calls
+
+    with switching_often(), ThreadPoolExecutor(1) as threads:
+        called = threads.submit(call)
+        try:
+            for _ in range(30):
+                load_model_in_actor(ref)
+        finally:
+            loaded.set()
+        assert called.result() > 0
+
+
+def test_the_calls_of_a_graph_module(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Functions of all kinds, names, types and constants of a GraphModule come back, without a trace."""
+    source = torch.fx.symbolic_trace(Calls())
+    ref = prepare_model_for_actors(source)
+    monkeypatch.setattr(torch.fx.Tracer, "trace", None)
+    loaded = load_model_in_actor(ref)
+    assert loaded.code == source.code
+    assert [(n.op, n.target, n.name, n.type) for n in loaded.graph.nodes] == [
+        (n.op, n.target, n.name, n.type) for n in source.graph.nodes
+    ]
+    x = torch.rand(1, 1, 4, 8)
+    (result, others), (expected, known) = loaded(x), source(x)
+    assert torch.equal(result, expected)
+    assert torch.equal(others["gelu"], known["gelu"])
 
 
 def copied(model: Any) -> Any:
