@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ import torch
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
     """Start a local Ray with more logical CPUs than any test's actors take."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background job; workers would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     ray.init("local", num_cpus=16, include_dashboard=False, object_store_memory=1 << 30, logging_level="error")
     torch.set_num_threads(1)
     yield

@@ -151,14 +151,14 @@ class Actor:
     def look(self):
         status = open("/proc/self/status").read()
         caps = status.split("CapEff:")[1].split()[0]
-        return memory.location(self.model.weight), float(self.model.weight.sum()), os.getuid(), int(caps, 16)
+        return memory.location(self.model.weight), float(self.model.weight.double().sum()), os.getuid(), int(caps, 16)
 
 actors = [Actor.remote(ref) for _ in range(2)]
 before = [ray.get(a.look.remote()) for a in actors]
 ray.get(actors[0].write.remote())
 after = [ray.get(a.look.remote()) for a in actors]
 in_driver = load_model_in_actor(ref, require_isolation=True)
-print(json.dumps([before, after, float(model.weight.sum()), float(in_driver.weight.sum())]))
+print(json.dumps([before, after, float(model.weight.double().sum()), float(in_driver.weight.double().sum())]))
 ray.shutdown()
 """
 
