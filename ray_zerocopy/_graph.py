@@ -43,7 +43,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from ray import cloudpickle
 from ray.cloudpickle import CloudPickler
 from ray.cloudpickle.cloudpickle import _should_pickle_by_reference
 from torch.nn.utils import parametrize
@@ -226,9 +225,13 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
 
     def _goes_by_value(self, value: object) -> bool:
         self._module_level[id(value)] = ""  # its own functions may use it
+        return self._trial().failure(value) is None
+
+    def _trial(self) -> _Pickler:
+        """Return a pickler like this one, to try a part with."""
         trial = _Pickler(io.BytesIO(), self.leave_out, (), _script.Scripts(), self.in_process)
         trial._module_level = self._module_level
-        return trial.failure(value) is None
+        return trial
 
     def reducer_override(self, obj: Any) -> Any:
         if name := self._module_level.get(id(obj)):
@@ -248,7 +251,7 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
                 self.opaque.append(obj)
                 self.constructs = True
                 if kind.__reduce__ is _GraphModule.__reduce__:
-                    return _reduce_traced(obj)
+                    return _reduce_traced(obj, self._trial().failure)
             elif _has_plain_state(kind):
                 return _new, (kind,), _state_of(kind, obj), None, None, _set_state
             elif isinstance(state := _state_of(kind, obj), tuple) and not hasattr(kind, "__getnewargs__"):
@@ -405,26 +408,34 @@ class _Earlier:
     number: int
 
 
-def _reduce_traced(module: Any) -> Any:
-    """Describe a GraphModule by its nodes, or by its code where these do not pickle.
+def _reduce_traced(module: Any, failure: Callable[[object], Exception | None]) -> Any:
+    """Describe a GraphModule by its nodes, or by its code where these do not pickle, as `failure` tells.
 
     The code is traced to have nodes again, and torch changes `nn.Module` itself while it traces: whoever calls a
     model in another thread meanwhile gets an error.
     """
-    codegen = module.graph._codegen
-    if type(codegen) is torch.fx.graph.CodeGen and codegen._body_transformer is None:
-        nodes: list[tuple[Any, ...]] = []
-        numbers: dict[Any, _Earlier] = {}
-        with contextlib.suppress(Exception):
-            for node in module.graph.nodes:
-                args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), numbers.__getitem__)  # type: ignore[arg-type]
-                target = _found_again(node.target) if node.op == "call_function" else node.target
-                numbers[node] = _Earlier(len(nodes))
-                nodes.append((node.op, target, args, kwargs, node.name, node.type))
-            cloudpickle.dumps(nodes)
-            state = {name: value for name, value in module.__dict__.items() if name not in _OF_GRAPH}
-            return _rebuild_of_nodes, (type(module).__name__, state, nodes)
-    return _rebuild_traced, module.__reduce__()[1]
+    nodes = _nodes_of(module.graph)
+    if nodes is None or failure(nodes):
+        return _rebuild_traced, module.__reduce__()[1]
+    state = {name: value for name, value in module.__dict__.items() if name not in _OF_GRAPH}
+    return _rebuild_of_nodes, (type(module).__name__, state, nodes)
+
+
+def _nodes_of(graph: Any) -> list[tuple[Any, ...]] | None:
+    """Return op, target, arguments, name and type of each node; None where these are not all there is to a graph."""
+    if type(graph._codegen) is not torch.fx.graph.CodeGen or graph._codegen._body_transformer is not None:
+        return None
+    nodes: list[tuple[Any, ...]] = []
+    numbers: dict[Any, _Earlier] = {}
+    try:
+        for node in graph.nodes:
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), numbers.__getitem__)  # type: ignore[arg-type]
+            target = _found_again(node.target) if node.op == "call_function" else node.target
+            numbers[node] = _Earlier(len(nodes))
+            nodes.append((node.op, target, args, kwargs, node.name, node.type))
+    except Exception:
+        return None
+    return nodes
 
 
 def _found_again(function: Any) -> Any:
