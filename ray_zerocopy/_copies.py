@@ -94,7 +94,7 @@ class Copies:
         if tensor.device != self.device or not _is_dense(tensor):
             return tensor.cpu()
         tensor.record_stream(self._out)
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host = torch.empty_like(tensor, device="cpu", pin_memory=True)  # with its strides: no kernel need reorder
         return host.copy_(tensor, non_blocking=True)
 
 
