@@ -105,8 +105,8 @@ class Model:
         file = (self.file, self.begin) if from_file else (None, 0)
         sources = [_device.Source(self.memory, self.begin, *file)]
         with _device.Upload(placement.spans, placement.nbytes, sources, ring, locked=locked) as upload:
-            storages = _device.storages_in(upload.arena, placement.storages)
-            tensors = _layout.unpack(self.layout, [], storages=storages)
+            pieces = _device.divide(upload.arena, placement.storages, _layout.kinds(self.layout, {}, None))
+            tensors = _layout.unpack(self.layout, [], pieces=pieces)
             upload.wait()
         return tensors
 

@@ -7,9 +7,11 @@ stream drains them; an event says when a slot may be filled again::
 
     host bytes   |=== storage ===|= storage =|s|s|s|====== storage ======|   store pages, or a file's
                     \  read by thread 1   \  thread 2   \  thread 3
-    slots             [ 2 MiB ]             [ 2 MiB ]     [ 2 MiB ]          page-locked, kept between loads
+    slots             [ 4 MiB ]             [ 4 MiB ]     [ 4 MiB ]          page-locked, kept between loads
                     \  copied by one stream, in any order
     arena        |=== storage ===| |= storage =| |s|s|s| |====== storage ======|
+
+The weights of an RNN lie beside it, in a block of their own for which cuDNN has the order.
 
 Bytes are read from the file behind the store's pages where it can be opened: a mapping that is touched for the first
 time costs a page fault for every 64 KiB, which takes about as long as the copy.
@@ -17,17 +19,20 @@ time costs a page fault for every 64 KiB, which takes about as long as the copy.
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import ctypes
+import math
 import os
 import threading
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from torch.backends.cudnn.rnn import get_cudnn_mode
 from torch.utils.dlpack import from_dlpack, to_dlpack  # type: ignore[attr-defined]
 
 from ._layout import Span
@@ -38,21 +43,23 @@ __all__ = [
     "DeviceLike",
     "Engine",
     "PageLock",
+    "Recurrent",
     "Ring",
     "Source",
     "Upload",
+    "divide",
     "local_cpus",
     "resolve",
     "ring_of",
-    "storages_in",
     "use",
 ]
 
 DeviceLike = str | int | torch.device | None
 
 # Not measured on a GPU yet: benchmarks/device.py tries others. A slot is a power of two, which page-locked memory
-# is rounded up to. At 50 GB/s it drains in 40 us, so a few in flight hide the wait for the next.
-SLOT_BYTES = 2 << 20
+# is rounded up to. At 50 GB/s it drains in 80 us, so a few in flight hide the wait for the next; one of half the size
+# has the threads that fill slots take turns with the one that makes tensors twice as often, which both wait for.
+SLOT_BYTES = 4 << 20
 SLOTS_IN_FLIGHT = 4
 MOST_THREADS = 12
 # Between two spans in one slot at most so many bytes of the arena are overwritten with whatever the slot holds:
@@ -166,6 +173,19 @@ def local_cpus(pci_address: str, allowed: set[int], root: str = "/sys/bus/pci/de
 # ---------------------------------------------------------------- what is asked of a device
 
 
+class Recurrent(NamedTuple):
+    """What a `torch.nn.RNNBase` is, as its attributes of these names say."""
+
+    mode: str
+    input_size: int
+    hidden_size: int
+    proj_size: int
+    num_layers: int
+    bias: bool
+    batch_first: bool
+    bidirectional: bool
+
+
 class Engine(Protocol):
     """The few things that an upload asks of a device; the tests have one without a GPU."""
 
@@ -180,6 +200,14 @@ class Engine(Protocol):
 
     def current(self) -> contextlib.AbstractContextManager[Any]:
         """Make the device and the engine's stream the current ones of the calling thread."""
+
+    def recurrent(
+        self, shapes: Sequence[Sequence[int]], dtype: torch.dtype, settings: Recurrent
+    ) -> tuple[torch.Tensor, list[int]] | None:
+        """Return uninitialized bytes for an RNN's weights in the order that the device wants, if it wants any.
+
+        The flat bytes, and at which of them each weight begins. The stream may write to them after `allocate`.
+        """
 
     def copy(self, to: torch.Tensor, source: torch.Tensor) -> Any:
         """Begin to copy host bytes to the device; return an event that comes when they are there."""
@@ -201,8 +229,47 @@ class Cuda:
         self.cpus = local_cpus(_pci_address(torch.cuda.get_device_properties(device)), allowed)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        try:
+        with self._told_of_room(nbytes):
             arena = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
+        # torch may hand out memory that kernels already queued on the current stream still use.
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        return arena
+
+    def recurrent(
+        self, shapes: Sequence[Sequence[int]], dtype: torch.dtype, settings: Recurrent
+    ) -> tuple[torch.Tensor, list[int]] | None:
+        one_each = torch.zeros(len(shapes), dtype=dtype, device=self.device)
+        acceptable = torch.backends.cudnn.is_acceptable(one_each)  # type: ignore[no-untyped-call]
+        if not acceptable or not torch._use_cudnn_rnn_flatten_weight():
+            return None
+        # torch asks cuDNN for the order, allocates, copies the weights there and sets them to the copies. The weights
+        # are on their way still: it is given single numbers in the weights' shapes, which take no memory.
+        weights = [
+            torch.empty(0, dtype=dtype, device=self.device).set_(
+                one_each.untyped_storage(), i, shape, [0] * len(shape)
+            )
+            for i, shape in enumerate(shapes)
+        ]
+        nbytes = sum(math.prod(shape) for shape in shapes) * dtype.itemsize
+        with torch.cuda.device(self.device), self._told_of_room(nbytes):
+            torch._cudnn_rnn_flatten_weight(
+                weights,
+                (4 if settings.bias else 2) + (settings.proj_size > 0),  # weights of a layer
+                settings.input_size,
+                get_cudnn_mode(settings.mode),  # type: ignore[no-untyped-call]
+                settings.hidden_size,
+                settings.proj_size,
+                settings.num_layers,
+                settings.batch_first,
+                settings.bidirectional,
+            )
+        block = torch.empty(0, dtype=torch.uint8, device=self.device).set_(weights[0].untyped_storage())
+        return block, [int(weight.storage_offset()) * dtype.itemsize for weight in weights]
+
+    @contextlib.contextmanager
+    def _told_of_room(self, nbytes: int) -> Iterator[None]:
+        try:
+            yield
         except torch.cuda.OutOfMemoryError as error:
             free, total = (part / (1 << 30) for part in torch.cuda.mem_get_info(self.device))
             raise ZeroCopyError(
@@ -211,9 +278,6 @@ class Cuda:
                 f"actors the same GPU (a larger num_gpus), or load with a smaller dtype, such as "
                 f"dtype=torch.bfloat16."
             ) from error
-        # torch may hand out memory that kernels already queued on the current stream still use.
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        return arena
 
     def page_locked(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True)
@@ -367,9 +431,10 @@ def _chunks(spans: Sequence[Span], slot_bytes: int) -> Iterator[tuple[int, int, 
 
 
 class Upload:
-    """A copy of host bytes to one allocation on a device, under way while a `with` block runs.
+    """A copy of host bytes to a device, under way while a `with` block runs.
 
-    `arena` can be divided into tensors at once; `wait` returns when the bytes are in it. Leaving the block early,
+    The first `nbytes` places go to one allocation, `arena`; what `blocks` has, places and allocations, to those. All
+    can be divided into tensors at once; `wait` returns when the bytes are in them. Leaving the block early,
     by any exception, stops the copy; no thread and no copy is left when the block has been left.
     """
 
@@ -380,14 +445,16 @@ class Upload:
         sources: Sequence[Source],
         ring: Ring,
         *,
+        blocks: Sequence[tuple[int, torch.Tensor]] = (),
         locked: PageLock | None = None,
     ) -> None:
         self.arena = ring.engine.allocate(nbytes)
+        self._allocations = [(0, self.arena), *blocks]
         self._ring = ring
         self._locked = locked  # until the last copy is done
         self._sources = sources
         self._addresses = [_address(source) for source in sources]
-        through, self._direct = _divide(spans, self._addresses, locked.ranges) if locked else (spans, [])
+        through, self._direct = _through_slots(spans, self._addresses, locked.ranges) if locked else (spans, [])
         self._chunks = _chunks(through, ring.slot_bytes)
         self._lock = threading.Lock()
         self._stop = False
@@ -435,9 +502,7 @@ class Upload:
                             direct = self._direct.pop() if self._direct else None
                             chunk = next(self._chunks, None) if direct is None else None
                         if direct is not None:
-                            event = engine.copy(
-                                self.arena[direct.place : direct.place + direct.nbytes], direct.memory
-                            )
+                            event = engine.copy(self._at(direct.place, direct.nbytes), direct.memory)
                         elif chunk is not None:
                             event = self._send(*chunk)
                         else:
@@ -457,12 +522,21 @@ class Upload:
             if last:
                 self._ended.set()
 
+    def _at(self, place: int, nbytes: int) -> torch.Tensor:
+        number = bisect.bisect_right(self._allocations, place, key=lambda allocation: allocation[0]) - 1
+        begin, allocation = self._allocations[number]
+        return allocation[place - begin : place - begin + nbytes]
+
     def _send(self, place: int, nbytes: int, pieces: list[_Piece]) -> Any:
         slot = self._ring.take()
         try:
+            end = 0
             for piece in pieces:
+                if piece.at > end:  # padding, of cuDNN's in a block: nothing that an earlier load left in the slot
+                    slot.bytes[end : piece.at] = bytes(piece.at - end)
                 self._fill(slot, piece)
-            event = self._ring.engine.copy(self.arena[place : place + nbytes], slot.memory[:nbytes])
+                end = piece.at + piece.nbytes
+            event = self._ring.engine.copy(self._at(place, nbytes), slot.memory[:nbytes])
         except BaseException:
             self._ring.forget()
             raise
@@ -505,17 +579,50 @@ def _memory(address: int, nbytes: int) -> Any:
     return (ctypes.c_uint8 * nbytes).from_address(address)
 
 
-def storages_in(arena: torch.Tensor, places: Sequence[tuple[int, int]]) -> list[torch.UntypedStorage]:
-    """Return a storage of its own for each place and length in the arena; any of them keeps the whole arena.
+def divide(
+    arena: torch.Tensor,
+    places: Sequence[tuple[int, int]],
+    kinds: Mapping[int, torch.dtype],
+    blocks: Sequence[tuple[int, torch.Tensor]] = (),
+) -> list[torch.Tensor]:
+    """Return a flat tensor for each place and length in the arena, with a storage of its own.
 
-    By DLPack's capsules, which hold on to the tensor that they came from and, used directly, wait for no stream.
+    Each has the dtype that `kinds` gives for its number, else uint8, and keeps the whole arena alive. By DLPack's
+    capsules, which hold on to the tensor that they came from and, used directly, wait for no stream. For a place in
+    one of the `blocks`, which are as in `Upload`, it is a view of that, of uint8.
     """
-    return [
-        from_dlpack(to_dlpack(arena[place : place + nbytes])).untyped_storage()
-        if nbytes
-        else torch.UntypedStorage(0, device=arena.device)  # type: ignore[no-untyped-call]
-        for place, nbytes in places
-    ]
+    pieces = [arena] * len(places)
+    numbers: dict[torch.dtype, list[int]] = {}
+    for number in sorted(range(len(places)), key=places.__getitem__):
+        place, nbytes = places[number]
+        if nbytes == 0:
+            pieces[number] = torch.empty(0, dtype=torch.uint8, device=arena.device)
+            continue
+        if place >= len(arena):
+            begin, block = next(part for part in reversed(blocks) if place >= part[0])
+            pieces[number] = block[place - begin : place - begin + nbytes]
+            continue
+        numbers.setdefault(kinds.get(number, torch.uint8), []).append(number)
+    for kind, members in numbers.items():
+        size = kind.itemsize
+        typed = arena[: len(arena) // size * size].view(kind)
+        # All in one call: one slice at a time takes three times as long.
+        lengths, end = [], 0
+        for number in members:
+            begin, nbytes = places[number]
+            if begin >= end:
+                lengths += [(begin - end) // size, nbytes // size]
+                end = begin + nbytes
+        cut = iter(typed.split_with_sizes([*lengths, len(typed) - end // size])[1::2])
+        end = 0
+        for number in members:
+            begin, nbytes = places[number]
+            if begin >= end:
+                piece, end = next(cut), begin + nbytes
+            else:  # these two share bytes
+                piece = typed[begin // size : (begin + nbytes) // size]
+            pieces[number] = from_dlpack(to_dlpack(piece))
+    return pieces
 
 
 # ---------------------------------------------------------------- page-locking the source itself
@@ -553,7 +660,7 @@ class PageLock:
                 raise
 
 
-def _divide(
+def _through_slots(
     spans: Sequence[Span], addresses: Sequence[int], ranges: Sequence[tuple[int, int]]
 ) -> tuple[list[Span], list[_Direct]]:
     """Return what must go through slots, and what the device can read where it is: in page-locked ranges."""

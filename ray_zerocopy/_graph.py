@@ -67,6 +67,7 @@ class Parts(NamedTuple):
     non-torch objects (numpy arrays) gave out of band, and `carried` the objects left out by `leave_out`.
     `composed` is the name of a class in it whose parts cannot become another dtype one by one, or empty.
     `constructs` says whether objects are rebuilt by calling their classes, which may look at tensors.
+    `recurrent` has the RNNs that torch brings into cuDNN's order: the numbers of their weights, and what they are.
     """
 
     skeleton: bytes
@@ -75,6 +76,7 @@ class Parts(NamedTuple):
     carried: list[Any]
     composed: str
     constructs: bool
+    recurrent: list[tuple[tuple[int, ...], tuple[Any, ...]]]
 
 
 # ---------------------------------------------------------------- taking apart
@@ -120,6 +122,7 @@ def take_apart(
                 pickler.carried,
                 pickler.composed,
                 pickler.constructs or bool(pickler.composed),
+                [found for module in recurrent if (found := pickler.recurrent(module)) is not None],
             )
 
 
@@ -176,6 +179,20 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
         except Exception as failure:
             return failure
         return None
+
+    def recurrent(self, module: torch.nn.RNNBase) -> tuple[tuple[int, ...], tuple[Any, ...]] | None:
+        """Return the numbers of an RNN's weights, and its `_device.Recurrent`; None if it is not as torch made it."""
+        weights = module.__dict__.get("_flat_weights", ())
+        numbers = [self._numbers.get(id(weight), -1) for weight in weights]
+        left = all(0 <= n < len(self.tensors) and self.tensors[n] is w for n, w in zip(numbers, weights, strict=True))
+        whole = 0 < len(set(numbers)) == len(numbers) == len(module.__dict__.get("_flat_weights_names", ()))
+        if not (left and whole and type(module).flatten_parameters is torch.nn.RNNBase.flatten_parameters):
+            return None
+        settings = (
+            *(module.mode, module.input_size, module.hidden_size, module.proj_size, module.num_layers),
+            *(module.bias, module.batch_first, bool(module.bidirectional)),
+        )
+        return tuple(numbers), settings
 
     def persistent_id(self, obj: Any) -> Any:
         # Called for every object of the graph, strings and all: one lookup decides for nearly all of them.
@@ -679,9 +696,10 @@ def put_together(
 
 
 def _lay_out_for_cudnn(modules: Sequence[torch.nn.RNNBase], tensors: Sequence[Tensor]) -> None:
-    """Bring each RNN's weights on a CUDA device into one block, as cuDNN wants them; else it does so in each call.
+    """Bring an RNN's weights on a CUDA device into one block, as cuDNN wants them; else it does so in each call.
 
-    Not where they are in one storage already, nor where another tensor sees one of them: that tie would go.
+    Only where a load could not place them so at once (`Parts.recurrent`): they are twice there meanwhile. Not where
+    they are in one storage already, nor where another tensor sees one of them: that tie would go.
     """
     seen = collections.Counter(tensor.untyped_storage()._cdata for tensor in tensors)
     for module in modules:

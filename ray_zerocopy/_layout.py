@@ -22,7 +22,7 @@ import ctypes
 import math
 import pickle
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,15 +31,18 @@ import torch
 __all__ = [
     "ALIGNMENT",
     "BUFFER_ALONE",
+    "Block",
     "Layout",
     "Packed",
     "Placement",
     "Slice",
     "Span",
     "View",
+    "alone",
     "arrange",
     "casts",
-    "host_storages",
+    "host_pieces",
+    "kinds",
     "pack",
     "reachable",
     "unpack",
@@ -345,12 +348,24 @@ class Span(NamedTuple):
     cast: tuple[torch.dtype, torch.dtype] | None
 
 
+class Block(NamedTuple):
+    """An allocation on a device for storages whose order there is given: the place of each in it, by its number."""
+
+    nbytes: int
+    places: dict[int, int]
+
+
 class Placement(NamedTuple):
-    """Where the storages of a layout lie in one block of `nbytes`: place and bytes of each, and what to copy."""
+    """Where the storages of a layout lie on a device, on one line of places.
+
+    The first `nbytes` places are one allocation, the arena; each block is another, and begins at the place that
+    `blocks` has for it. `storages` has place and bytes of each storage, `spans` what to copy, by place.
+    """
 
     nbytes: int
     storages: list[tuple[int, int]]
     spans: list[Span]
+    blocks: list[int]
 
 
 # What `dtype=` converts. The smaller ones are quantized weights, which mean nothing without scales of their own.
@@ -378,12 +393,9 @@ def casts(layout: Layout, dtype: torch.dtype | None) -> dict[int, torch.dtype]:
         if len(kinds) > 1:
             raise _cannot_convert(dtype, " and ".join(f"{kind} {list(shape)}" for kind, shape in kinds.items()))
         (changed[number],) = kinds
-    if changed:
-        end, last = (0, 0), -1
-        for (buffer, offset, nbytes), number in _in_order(layout.storages):
-            if (buffer, offset) < end and (number in changed or last in changed):
-                raise _cannot_convert(dtype, f"{seen[last]} and {seen[number]}")
-            end, last = max(end, (buffer, offset + nbytes)), number
+    for one, other in _sharing_bytes(layout.storages) if changed else ():
+        if one in changed or other in changed:
+            raise _cannot_convert(dtype, f"{seen[one]} and {seen[other]}")
     return changed
 
 
@@ -397,87 +409,144 @@ def _in_order(storages: list[Slice]) -> list[tuple[Slice, int]]:
     return sorted((piece, number) for number, piece in enumerate(storages) if piece[2])
 
 
-def arrange(layout: Layout, changed: dict[int, torch.dtype], dtype: torch.dtype | None) -> Placement:
-    """Place the storages of a layout in one block, those of `changed` as `dtype`; what overlaps stays together."""
+def _sharing_bytes(storages: list[Slice]) -> Iterator[tuple[int, int]]:
+    """Find each storage that has bytes with an earlier one; with it goes the one that begins next before it."""
+    end, last = (0, 0), -1
+    for (buffer, offset, nbytes), number in _in_order(storages):
+        if (buffer, offset) < end:
+            yield last, number
+        end, last = max(end, (buffer, offset + nbytes)), number
+
+
+def alone(layout: Layout, tensors: Sequence[int]) -> bool:
+    """Tell whether each of these tensors has a storage of its own, and bytes, that no other tensor sees."""
+    storages = {layout.views[tensor][0] for tensor in tensors if layout.views[tensor][1]}
+    shared = any(not storages.isdisjoint(both) for both in _sharing_bytes(layout.storages))
+    return len(storages) == len(tensors) and not shared
+
+
+def arrange(
+    layout: Layout, changed: dict[int, torch.dtype], dtype: torch.dtype | None, blocks: Sequence[Block] = ()
+) -> Placement:
+    """Place the storages of a layout, those of `changed` as `dtype`; what overlaps stays together.
+
+    The storages of `blocks` go there, all others into one arena. No place within `DEVICE_ALIGNMENT` of a block's
+    first or last one is another's, so that no copy reaches over.
+    """
     places = [(0, 0)] * len(layout.storages)
     spans: list[Span] = []
-    filled = shift = 0
-    end = (0, 0)
-    order = _in_order(layout.storages)
+
+    def as_copied(number: int, nbytes: int) -> tuple[int, tuple[torch.dtype, torch.dtype] | None]:
+        if number not in changed or dtype is None:
+            return nbytes, None
+        return nbytes // changed[number].itemsize * dtype.itemsize, (changed[number], dtype)
+
+    elsewhere = {number for block in blocks for number in block.places}
+    order = [(piece, number) for piece, number in _in_order(layout.storages) if number not in elsewhere]
+    known, reached = -1, 0  # the buffer that was met last, and how far
+    first = end = start = 0  # a span that others may still join: place, place of its end, offset in the buffer
+    shift, cast = 0, None
+    filled = 0
     for i, ((buffer, offset, nbytes), number) in enumerate(order):
-        begin, size, cast = (buffer, offset), nbytes, None
-        if number in changed and dtype is not None:
-            cast = (changed[number], dtype)
-            size = nbytes // changed[number].itemsize * dtype.itemsize
-        if begin >= end:
+        size, own_cast = as_copied(number, nbytes)
+        joins = buffer == known and cast is own_cast is None
+        if buffer != known or offset >= reached:
             # Elements of what overlaps stay aligned together, as in the store.
             overlapped = i + 1 < len(order) and order[i + 1][0][:2] < (buffer, offset + nbytes)
-            place = _aligned(filled, DEVICE_ALIGNMENT if nbytes >= BUFFER_ALONE else ALIGNMENT)
-            shift = place + (offset % 16 if overlapped else 0) - offset
+            alignment = DEVICE_ALIGNMENT if nbytes >= BUFFER_ALONE else ALIGNMENT
+            place = -(-filled // alignment) * alignment + (offset % 16 if overlapped else 0)
+            joins = joins and place - offset == shift
+            shift, reached = place - offset, offset
         place = offset + shift
         places[number] = (place, size)
-        last = spans[-1] if spans else None
-        if last and last.cast is cast is None and (last.buffer, last.place - last.offset) == (buffer, shift):
-            spans[-1] = last._replace(nbytes=max(last.nbytes, offset + nbytes - last.offset))
-        else:
-            spans.append(Span(place, size, buffer, offset, cast))
-        end = max(end, (buffer, offset + nbytes))
-        filled = max(filled, place + size)
-    return Placement(filled, places, spans)
+        if not joins:
+            if end > first:
+                spans.append(Span(first, end - first, known, start, cast))
+            first, start, cast, known = place, offset, own_cast, buffer
+        end = place + size if not joins or place + size > end else end
+        if offset + nbytes > reached:
+            reached = offset + nbytes
+        if end > filled:
+            filled = end
+    if end > first:
+        spans.append(Span(first, end - first, known, start, cast))
+
+    begins, end = [], filled
+    for block in blocks:
+        begins.append(_aligned(end, DEVICE_ALIGNMENT) + DEVICE_ALIGNMENT)
+        end = begins[-1] + block.nbytes
+        for number, place in sorted(block.places.items(), key=lambda item: item[1]):
+            buffer, offset, nbytes = layout.storages[number]
+            size, own_cast = as_copied(number, nbytes)
+            places[number] = (begins[-1] + place, size)
+            spans.append(Span(begins[-1] + place, size, buffer, offset, own_cast))
+    return Placement(filled, places, spans, begins)
 
 
-def host_storages(
+def host_pieces(
     layout: Layout, buffers: Sequence[tuple[Any, int]], changed: dict[int, torch.dtype], dtype: torch.dtype | None
-) -> list[torch.UntypedStorage]:
-    """Return the storages of a layout over its buffers, those of `changed` converted into memory of their own."""
-    storages = []
+) -> list[torch.Tensor]:
+    """Return a flat tensor for each storage of a layout over its buffers, those of `changed` converted."""
+    pieces = []
     for number, piece in enumerate(layout.storages):
         storage = _storage(piece, buffers)
-        if number in changed:
-            kind = changed[number]
-            given = torch.empty(0, dtype=kind, device="cpu").set_(storage, 0, (piece[2] // kind.itemsize,), (1,))
-            storage = given.to(dtype).untyped_storage()  # copy: other bytes than those shared
-        storages.append(storage)
-    return storages
+        kind = changed.get(number, torch.uint8)
+        given = torch.empty(0, dtype=kind, device="cpu").set_(storage, 0, (piece[2] // kind.itemsize,), (1,))
+        pieces.append(given.to(dtype) if number in changed else given)  # copy: other bytes than those shared
+    return pieces
 
 
 # ---------------------------------------------------------------- unpacking
+
+
+def kinds(layout: Layout, changed: dict[int, torch.dtype], dtype: torch.dtype | None) -> dict[int, torch.dtype]:
+    """Return the dtype of each storage that is one tensor and no more, by its number, where floats become `dtype`."""
+    found = {number: kind for number, elements, kind, *_ in layout.views if elements}
+    if dtype is not None:
+        found.update((number, dtype) for number in changed.keys() & found.keys())
+    return found
 
 
 def unpack(
     layout: Layout,
     buffers: Sequence[tuple[Any, int]],
     *,
-    storages: Sequence[torch.UntypedStorage] | None = None,
+    pieces: Sequence[torch.Tensor] = (),
     changed: dict[int, torch.dtype] | None = None,
     dtype: torch.dtype | None = None,
     keep_flags: bool = False,
 ) -> list[torch.Tensor]:
     """Make the tensors of a layout as views of writable buffers, each given with the offset at which it begins.
 
-    Every storage holds on to its buffer. With `storages` the tensors are views of these, wherever they are, and
-    those of the numbers `changed` have `dtype`. Unless `keep_flags`, no tensor requires a gradient.
+    Every storage holds on to its buffer. With `pieces`, a flat tensor for the bytes of each storage, wherever they
+    are, the tensors are views of these; a piece that has the dtype of `kinds` becomes the tensor itself. Those of the
+    numbers `changed` have `dtype`. Unless `keep_flags`, no tensor requires a gradient.
     """
-    given = storages is not None
-    ready: list[torch.UntypedStorage | None] = [*storages] if storages is not None else [None] * len(layout.storages)
-    pieces = layout.storages
+    ready: list[torch.UntypedStorage | None] = [None] * len(layout.storages)
+    slices = layout.storages
     make_parameter = torch.Tensor._make_subclass
     parameter_type = torch.nn.Parameter
     tensors: list[torch.Tensor] = []
     for number, elements, kind, offset, shape, stride, parameter, flag, conjugate, negative in layout.views:
-        if elements and not given:
+        if changed and number in changed and dtype is not None:
+            kind = dtype
+        if elements and not pieces:
             # The quickest way there is, 2 us with the Parameter: the storage is made along with the tensor.
-            buffer, begin, _ = pieces[number]
+            buffer, begin, _ = slices[number]
             memory, base = buffers[buffer]
             tensor = torch.frombuffer(memory, dtype=kind, count=elements, offset=base + begin)
             if len(shape) != 1:
                 tensor.resize_(shape)
+        elif elements and pieces[number].dtype is kind:
+            tensor = pieces[number].resize_(shape)
         else:
-            storage = ready[number]
-            if storage is None:
-                storage = ready[number] = _storage(pieces[number], buffers)
-            if changed and number in changed and dtype is not None:
-                kind = dtype
+            if pieces:
+                storage = pieces[number].untyped_storage()
+                offset += int(pieces[number].storage_offset()) // kind.itemsize
+            else:
+                known = ready[number]
+                storage = known if known is not None else _storage(slices[number], buffers)
+                ready[number] = storage
             tensor = torch.empty(0, dtype=kind, device=storage.device).set_(storage, offset, shape, stride)
         if conjugate:
             tensor = tensor.conj()

@@ -89,13 +89,15 @@ class Loaded(NamedTuple):
 class Header(NamedTuple):
     """What a model's first object has beside buffers, pickled: how to make the model of them.
 
-    Of the fields, `composed` and `constructs` are those of `_graph.Parts`.
+    Of the fields, `composed` and `constructs` are those of `_graph.Parts`, and `recurrent` has those RNNs of it
+    whose weights may go anywhere: no other tensor shares bytes with one.
     """
 
     layout: _layout.Layout
     skeleton: bytes
     composed: str
     constructs: bool
+    recurrent: list[tuple[tuple[int, ...], tuple[Any, ...]]]
 
     def pickled(self) -> bytes:
         return pickle.dumps(tuple(self), protocol=5)
@@ -134,7 +136,8 @@ def put(model: object, name: str | None = None) -> ModelRef:
     parts = _graph.take_apart(model, leave_out=CARRIED)
     packed = _layout.pack(parts.tensors, parts.arrays)
     layout = packed.layout
-    header = Header(layout, parts.skeleton, parts.composed, parts.constructs).pickled()
+    recurrent = [part for part in parts.recurrent if _layout.alone(layout, part[0])]
+    header = Header(layout, parts.skeleton, parts.composed, parts.constructs, recurrent).pickled()
     nbytes = sum(layout.buffers)
     name = name or type(model).__name__
     session = _session()
@@ -252,20 +255,24 @@ def _rebuild(model_ref: ModelRef, bodies: list[dict[str, Any]], how: How) -> tup
     on_host = how.device.type == "cpu"
     with contextlib.ExitStack() as stack:
         memory = host_memory(objects if on_host or layout.arrays else [], how.require_isolation)
-        storages = arrived = None
+        pieces: list[torch.Tensor] = []
+        arrived = None
         if how.device.type == "cuda":
-            placement = _layout.arrange(layout, changed, how.dtype)
-            upload = stack.enter_context(_uploading(model_ref, placement, objects, how))
-            storages, arrived = _device.storages_in(upload.arena, placement.storages), upload.wait
+            ring = _device.ring_of(how.device)
+            made = _recurrent(header, changed, how.dtype, ring.engine)
+            placement = _layout.arrange(layout, changed, how.dtype, [block for block, _ in made])
+            blocks = [(begin, there) for begin, (_, there) in zip(placement.blocks, made, strict=True)]
+            kinds = _layout.kinds(layout, changed, how.dtype)
+            upload = stack.enter_context(_uploading(model_ref, placement, objects, ring, blocks, how))
+            pieces, arrived = _device.divide(upload.arena, placement.storages, kinds, blocks), upload.wait
         elif changed or not on_host:
             # From the shared pages if it is for a device: reading through the private view could copy them.
             source = memory.buffers if on_host else [buffer for stored in objects for buffer in _shared(stored)]
-            storages = _layout.host_storages(layout, source, changed, how.dtype)
+            pieces = _layout.host_pieces(layout, source, changed, how.dtype)
             if not on_host:
-                as_bytes = [torch.empty(0, dtype=torch.uint8, device="cpu").set_(storage) for storage in storages]
-                storages = [t.to(how.device).untyped_storage() for t in as_bytes]  # copy: it has memory of its own
+                pieces = [piece.to(how.device) for piece in pieces]  # copy: it has memory of its own
         tensors = _layout.unpack(
-            layout, memory.buffers, storages=storages, changed=changed, dtype=how.dtype, keep_flags=how.keep_flags
+            layout, memory.buffers, pieces=pieces, changed=changed, dtype=how.dtype, keep_flags=how.keep_flags
         )
         arrays = _layout.unpack_arrays(layout, memory.buffers)
         carried = bodies[0]["carried"]
@@ -274,16 +281,39 @@ def _rebuild(model_ref: ModelRef, bodies: list[dict[str, Any]], how: How) -> tup
         model, importing = _graph.put_together(
             header.skeleton, tensors, arrays, carried, keep_flags=how.keep_flags, arrived=arrived
         )
-    for number, storage in enumerate(storages or ()):
-        if not on_host or number in changed:
-            shared = layout.storages[number][2] if on_host else 0
-            memory = memory._replace(shared=memory.shared - shared, copied=memory.copied + storage.nbytes())
+    own = [number for number in range(len(pieces)) if not on_host or number in changed]
+    shared = sum(layout.storages[number][2] for number in own) if on_host else 0
+    storages = {storage._cdata: storage.nbytes() for storage in (pieces[number].untyped_storage() for number in own)}
+    memory = memory._replace(shared=memory.shared - shared, copied=memory.copied + sum(storages.values()))
     return model, importing, memory
+
+
+def _recurrent(
+    header: Header, changed: dict[int, torch.dtype], dtype: torch.dtype | None, engine: _device.Engine
+) -> list[tuple[_layout.Block, torch.Tensor]]:
+    """Return the allocations for the weights of those RNNs that the device wants in an order of its own."""
+    found = []
+    for weights, settings in header.recurrent:
+        views = [header.layout.views[weight] for weight in weights]
+        kinds = [dtype if dtype is not None and view[0] in changed else view[2] for view in views]
+        if len(set(kinds)) > 1:
+            continue
+        made = engine.recurrent([view[4] for view in views], kinds[0], _device.Recurrent(*settings))
+        if made is not None:
+            there, places = made
+            storages = (view[0] for view in views)
+            found.append((_layout.Block(len(there), dict(zip(storages, places, strict=True))), there))
+    return found
 
 
 @contextlib.contextmanager
 def _uploading(
-    model_ref: ModelRef, placement: _layout.Placement, objects: list[list[Any]], how: How
+    model_ref: ModelRef,
+    placement: _layout.Placement,
+    objects: list[list[Any]],
+    ring: _device.Ring,
+    blocks: list[tuple[int, torch.Tensor]],
+    how: How,
 ) -> Iterator[_device.Upload]:
     """Copy the store's own pages to a CUDA device while the `with` block runs; never the private view's."""
     with contextlib.ExitStack() as stack:
@@ -301,8 +331,8 @@ def _uploading(
                 stack.callback(os.close, file)
                 sources += [_device.Source(memory, offset, file, base + offset) for offset in offsets]
         locked = _page_lock(model_ref, ranges, objects, how.device) if how.page_lock else None
-        ring = _device.ring_of(how.device)
-        yield stack.enter_context(_device.Upload(placement.spans, placement.nbytes, sources, ring, locked=locked))
+        upload = _device.Upload(placement.spans, placement.nbytes, sources, ring, blocks=blocks, locked=locked)
+        yield stack.enter_context(upload)
 
 
 _page_locks: weakref.WeakKeyDictionary[ModelRef, _device.PageLock] = weakref.WeakKeyDictionary()

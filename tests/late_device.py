@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -18,20 +19,35 @@ class Event:
 
 
 class Late:
-    """A device whose stream copies as late as it may: in order, when somebody waits, or once in a while by itself."""
+    """A device whose stream copies as late as it may: in order, when somebody waits, or once in a while by itself.
 
-    def __init__(self, *, waits: bool = True, fails_at: int | None = None) -> None:
+    With `orders`, it wants an RNN's weights in an order of its own.
+    """
+
+    def __init__(self, *, waits: bool = True, fails_at: int | None = None, orders: bool = False) -> None:
         self.cpus = {0, 1, 2}
         self.queue: deque[tuple[torch.Tensor, torch.Tensor, Event]] = deque()
         self.lock = threading.Lock()
         self.waits = waits
         self.fails_at = fails_at
+        self.orders = orders
         self.copies = 0
         self.page_locked_bytes = 0
         self.random = random.Random(0)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
         return torch.full((nbytes,), 0xAA, dtype=torch.uint8)
+
+    def recurrent(self, shapes: Any, dtype: torch.dtype, settings: Any) -> tuple[torch.Tensor, list[int]] | None:
+        """Order an RNN's weights from the last to the first, with padding before each."""
+        if not self.orders:
+            return None
+        places = []
+        end = 0
+        for shape in reversed(shapes):
+            places.append(end + 3 * dtype.itemsize)
+            end = places[-1] + math.prod(shape) * dtype.itemsize
+        return torch.full((end + 64,), 0xCC, dtype=torch.uint8), places[::-1]
 
     def page_locked(self, nbytes: int) -> torch.Tensor:
         self.page_locked_bytes += nbytes

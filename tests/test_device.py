@@ -81,10 +81,8 @@ def upload(
     changed = _layout.casts(packed.layout, dtype)
     placement = _layout.arrange(packed.layout, changed, dtype)
     with _device.Upload(placement.spans, placement.nbytes, sources, ring, locked=locked) as going:
-        storages = _device.storages_in(going.arena, placement.storages)
-        there = _layout.unpack(
-            packed.layout, [], storages=storages, changed=changed, dtype=dtype, keep_flags=keep_flags
-        )
+        pieces = _device.divide(going.arena, placement.storages, _layout.kinds(packed.layout, changed, dtype))
+        there = _layout.unpack(packed.layout, [], pieces=pieces, changed=changed, dtype=dtype, keep_flags=keep_flags)
         going.wait()
     return there
 
@@ -322,7 +320,10 @@ def test_overlapping_storages_stay_together() -> None:
 def test_each_storage_is_its_own() -> None:
     """A storage in the arena has its own address and size: saving and copying take it alone; it keeps the arena."""
     arena = torch.arange(4096).to(torch.uint8)
-    first, second, empty = _device.storages_in(arena, [(512, 1024), (2048, 512), (0, 0)])
+    places = [(512, 1024), (2048, 512), (0, 0), (2048, 64)]
+    pieces = _device.divide(arena, places, {0: torch.float32, 1: torch.float32})
+    assert [piece.dtype for piece in pieces] == [torch.float32, torch.float32, torch.uint8, torch.uint8]
+    first, second, empty, _ = [piece.untyped_storage() for piece in pieces]
     assert (first.data_ptr() - arena.data_ptr(), first.nbytes(), empty.nbytes()) == (512, 1024, 0)
     tensor = torch.empty(0).set_(first, 0, (256,), (1,))
     file = io.BytesIO()
@@ -332,7 +333,7 @@ def test_each_storage_is_its_own() -> None:
     assert second._cdata != first._cdata
     tensor.fill_(1.0)
     assert arena[512:516].tolist() == [0, 0, 128, 63]
-    del arena, second
+    del arena, second, pieces, _
     gc.collect()
     assert tensor.sum() == 256
     with pytest.raises(RuntimeError, match="not resizable"):
@@ -353,7 +354,7 @@ def test_page_locked_parts_are_read_where_they_are() -> None:
     engine = Late()
     locked: Any = types.SimpleNamespace(ranges=ranges)
     assert_equal(upload(packed, sources, _device.Ring(engine, SLOT, 3, 3), locked=locked), source)
-    through, direct = _device._divide(_layout.arrange(packed.layout, {}, None).spans, addresses, ranges)
+    through, direct = _device._through_slots(_layout.arrange(packed.layout, {}, None).spans, addresses, ranges)
     spans = sorted([(s.place, s.nbytes) for s in through] + [(d.place, d.nbytes) for d in direct])
     whole = _layout.arrange(packed.layout, {}, None)
     assert sum(nbytes for _, nbytes in spans) == sum(span.nbytes for span in whole.spans)

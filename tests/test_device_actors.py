@@ -272,6 +272,54 @@ def test_every_model_gets_there(name: str, ring: _device.Ring, monkeypatch: pyte
     assert loaded.private > 0 or not any(storages.values())
 
 
+class Recurrent(nn.Module):
+    """RNNs beside other weights; one is held twice, one has a weight that is seen from elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(300, 6)
+        self.lstm = nn.LSTM(6, 90, num_layers=2, bidirectional=True)
+        self.small = nn.ModuleList([nn.GRU(5, 3, bias=False), nn.RNN(4, 2), nn.LSTM(6, 8, proj_size=3)])
+        self.again = self.lstm
+        self.tied = nn.GRU(5, 3)
+        self.rows = self.tied.weight_ih_l0.detach()[:2]
+        self.own_way = OwnWay(5, 3)
+
+
+class OwnWay(nn.GRU):
+    def flatten_parameters(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64, torch.bfloat16])
+def test_rnn_weights_arrive_in_the_devices_order(dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An RNN's weights go at once to where the device wants them, in one storage; a tie is not given up for that."""
+    source = Recurrent()
+    ring = _device.Ring(Late(orders=True), slot_bytes=4096, threads=3, depth=4)
+    loaded = load_late(source, ring, monkeypatch, dtype=dtype)
+    model = loaded.model
+    for have, want in zip(model.state_dict().values(), source.state_dict().values(), strict=True):
+        assert torch.equal(have, want.to(have.dtype))
+        assert have.dtype == (dtype or want.dtype)
+    for rnn in (model.lstm, *model.small):
+        weights = rnn._flat_weights
+        assert [id(weight) for weight in weights] == [id(weight) for weight in rnn.parameters()]
+        assert len({weight.untyped_storage()._cdata for weight in weights}) == 1
+        size = weights[0].itemsize
+        ends = [0]
+        for weight in reversed(weights):
+            assert weight.storage_offset() == ends[-1] + 3
+            ends.append(weight.storage_offset() + weight.numel())
+        whole = torch.empty(0, dtype=torch.uint8).set_(weights[0].untyped_storage())
+        padding = {int(byte) for end in ends[:-1] for byte in whole[end * size : (end + 3) * size]}
+        assert padding <= {0, 0xCC}  # never what a slot had before
+    for rnn in (model.tied, model.own_way):
+        assert len({weight.untyped_storage()._cdata for weight in rnn._flat_weights}) == 4
+    assert model.again is model.lstm
+    assert model.rows.data_ptr() == model.tied.weight_ih_l0.data_ptr()
+    assert loaded.private <= sum(t.nbytes for t in model.state_dict().values()) + 6 * (64 + 24 * 16)
+
+
 def test_it_never_reads_the_private_view(ring: _device.Ring, monkeypatch: pytest.MonkeyPatch) -> None:
     """A load to a device maps nothing: the bytes come from the store's file, or its own mapping without one."""
 
@@ -406,8 +454,21 @@ class TestOnAGpu:
         source = CASES["lstm"].make().eval()
         loaded = load_model_in_actor(prepare_model_for_actors(source), device="cuda")
         assert len({w.untyped_storage()._cdata for w in loaded._flat_weights}) == 1
+        assert loaded._flat_weights[0].untyped_storage().nbytes() < 1.1 * sum(w.nbytes for w in source._flat_weights)
         x = torch.randn(5, 2, 6)
         torch.testing.assert_close(loaded(x.cuda())[0].cpu(), source(x)[0], rtol=1e-3, atol=1e-4)
+
+    def test_rnn_weights_take_no_more_memory(self) -> None:
+        """An RNN's weights are at no time on the GPU twice."""
+        source = nn.LSTM(1000, 1000, num_layers=4).eval()
+        ref = prepare_model_for_actors(source)
+        load_model_in_actor(prepare_model_for_actors(CASES["lstm"].make()), device="cuda")  # cuDNN's own memory
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        loaded = load_model_in_actor(ref, device="cuda")
+        assert torch.cuda.max_memory_allocated() - before <= 1.02 * ref.nbytes
+        assert len({w.untyped_storage()._cdata for w in loaded._flat_weights}) == 1
 
     def test_page_lock(self) -> None:
         """Loads with the store's pages page-locked are right, twice, and after the handle went and came."""
