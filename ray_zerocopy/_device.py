@@ -229,7 +229,7 @@ class Cuda:
         self.cpus = local_cpus(_pci_address(torch.cuda.get_device_properties(device)), allowed)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        with self._told_of_room(nbytes):
+        with self._told_of_room("the model", nbytes):
             arena = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
         # torch may hand out memory that kernels already queued on the current stream still use.
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -238,20 +238,20 @@ class Cuda:
     def recurrent(
         self, shapes: Sequence[Sequence[int]], dtype: torch.dtype, settings: Recurrent
     ) -> tuple[torch.Tensor, list[int]] | None:
-        one_each = torch.zeros(len(shapes), dtype=dtype, device=self.device)
-        acceptable = torch.backends.cudnn.is_acceptable(one_each)  # type: ignore[no-untyped-call]
-        if not acceptable or not torch._use_cudnn_rnn_flatten_weight():
-            return None
-        # torch asks cuDNN for the order, allocates, copies the weights there and sets them to the copies. The weights
-        # are on their way still: it is given single numbers in the weights' shapes, which take no memory.
-        weights = [
-            torch.empty(0, dtype=dtype, device=self.device).set_(
-                one_each.untyped_storage(), i, shape, [0] * len(shape)
-            )
-            for i, shape in enumerate(shapes)
-        ]
         nbytes = sum(math.prod(shape) for shape in shapes) * dtype.itemsize
-        with torch.cuda.device(self.device), self._told_of_room(nbytes):
+        with torch.cuda.device(self.device), self._told_of_room("an RNN of the model", nbytes):
+            one_each = torch.zeros(len(shapes), dtype=dtype, device=self.device)
+            acceptable = torch.backends.cudnn.is_acceptable(one_each)  # type: ignore[no-untyped-call]
+            if not acceptable or not torch._use_cudnn_rnn_flatten_weight():
+                return None
+            # torch asks cuDNN for the order, allocates, copies the weights there and sets them to the copies. The
+            # weights are on their way still: it is given single numbers in their shapes, which take no memory.
+            weights = [
+                torch.empty(0, dtype=dtype, device=self.device).set_(
+                    one_each.untyped_storage(), i, shape, [0] * len(shape)
+                )
+                for i, shape in enumerate(shapes)
+            ]
             torch._cudnn_rnn_flatten_weight(
                 weights,
                 (4 if settings.bias else 2) + (settings.proj_size > 0),  # weights of a layer
@@ -261,19 +261,19 @@ class Cuda:
                 settings.proj_size,
                 settings.num_layers,
                 settings.batch_first,
-                settings.bidirectional,
+                bool(settings.bidirectional),
             )
         block = torch.empty(0, dtype=torch.uint8, device=self.device).set_(weights[0].untyped_storage())
         return block, [int(weight.storage_offset()) * dtype.itemsize for weight in weights]
 
     @contextlib.contextmanager
-    def _told_of_room(self, nbytes: int) -> Iterator[None]:
+    def _told_of_room(self, what: str, nbytes: int) -> Iterator[None]:
         try:
             yield
         except torch.cuda.OutOfMemoryError as error:
             free, total = (part / (1 << 30) for part in torch.cuda.mem_get_info(self.device))
             raise ZeroCopyError(
-                f"the model needs {nbytes / (1 << 30):.2f} GiB ({nbytes} bytes) in one piece on {self.device}, of "
+                f"{what} needs {nbytes / (1 << 30):.2f} GiB ({nbytes} bytes) in one piece on {self.device}, of "
                 f"whose {total:.2f} GiB {free:.2f} GiB are free. Drop what else this process has there, give fewer "
                 f"actors the same GPU (a larger num_gpus), or load with a smaller dtype, such as "
                 f"dtype=torch.bfloat16."
@@ -410,20 +410,23 @@ class _Piece(NamedTuple):
 
 
 def _chunks(spans: Sequence[Span], slot_bytes: int) -> Iterator[tuple[int, int, list[_Piece]]]:
-    """Cut spans, in the order of their places, into what one slot takes: its place and bytes, and its pieces."""
+    """Cut spans, in the order of their places, into what one slot takes: its place and bytes, and its pieces.
+
+    A slot begins at a multiple of 16, though the first piece may not: elements are aligned in it, and none is cut.
+    """
     pieces: list[_Piece] = []
-    begin = end = 0
+    base = begin = end = 0
     for span in spans:
         done = 0
         while done < span.nbytes:
             place = span.place + done
-            if pieces and (place - begin >= slot_bytes or place - end >= PADDING):
+            if pieces and (place - base >= slot_bytes or place - end >= PADDING):
                 yield begin, end - begin, pieces
                 pieces = []
             if not pieces:
-                begin = place
-            nbytes = min(span.nbytes - done, begin + slot_bytes - place)
-            pieces.append(_Piece(place - begin, nbytes, done, span))
+                begin, base = place, place - place % 16
+            nbytes = min(span.nbytes - done, base + slot_bytes - place)
+            pieces.append(_Piece(place - base, nbytes, done, span))
             done += nbytes
             end = place + nbytes
     if pieces:
@@ -530,13 +533,13 @@ class Upload:
     def _send(self, place: int, nbytes: int, pieces: list[_Piece]) -> Any:
         slot = self._ring.take()
         try:
-            end = 0
+            begin = end = pieces[0].at
             for piece in pieces:
                 if piece.at > end:  # padding, of cuDNN's in a block: nothing that an earlier load left in the slot
                     slot.bytes[end : piece.at] = bytes(piece.at - end)
                 self._fill(slot, piece)
                 end = piece.at + piece.nbytes
-            event = self._ring.engine.copy(self._at(place, nbytes), slot.memory[:nbytes])
+            event = self._ring.engine.copy(self._at(place, nbytes), slot.memory[begin : begin + nbytes])
         except BaseException:
             self._ring.forget()
             raise
@@ -587,9 +590,9 @@ def divide(
 ) -> list[torch.Tensor]:
     """Return a flat tensor for each place and length in the arena, with a storage of its own.
 
-    Each has the dtype that `kinds` gives for its number, else uint8, and keeps the whole arena alive. By DLPack's
-    capsules, which hold on to the tensor that they came from and, used directly, wait for no stream. For a place in
-    one of the `blocks`, which are as in `Upload`, it is a view of that, of uint8.
+    Each has the dtype that `kinds` gives for its number, else or where it is not aligned uint8, and keeps the whole
+    arena alive. By DLPack's capsules, which hold on to the tensor that they came from and, used directly, wait for no
+    stream. For a place in one of the `blocks`, which are as in `Upload`, it is a view of that, of uint8.
     """
     pieces = [arena] * len(places)
     numbers: dict[torch.dtype, list[int]] = {}
@@ -602,7 +605,8 @@ def divide(
             begin, block = next(part for part in reversed(blocks) if place >= part[0])
             pieces[number] = block[place - begin : place - begin + nbytes]
             continue
-        numbers.setdefault(kinds.get(number, torch.uint8), []).append(number)
+        kind = kinds.get(number, torch.uint8)
+        numbers.setdefault(torch.uint8 if place % kind.itemsize else kind, []).append(number)
     for kind, members in numbers.items():
         size = kind.itemsize
         typed = arena[: len(arena) // size * size].view(kind)

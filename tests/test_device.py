@@ -317,6 +317,32 @@ def test_overlapping_storages_stay_together() -> None:
     assert (found[1].data_ptr() - found[0].untyped_storage().data_ptr()) % 4 == 0
 
 
+def test_elements_may_be_anywhere() -> None:
+    """Storages that share bytes may have elements between aligned places."""
+    memory = bytearray(os.urandom(SLOT))
+    source = [torch.frombuffer(memory, dtype=torch.int32, offset=o, count=9) for o in (1, 9, 21, 4012, 4020, 4033)]
+    source += [torch.arange(n, dtype=torch.int32) for n in (5, SLOT, 3)]
+    packed = _layout.pack(source)
+    found = upload(packed, stored(packed), _device.Ring(Late(), SLOT, 3, 4))
+    for have, want in zip(found, source, strict=True):
+        assert torch.equal(have.clone(), want)
+
+
+def test_no_element_is_cut() -> None:
+    """What is converted arrives whole in several slots, wherever the bytes before it in the first slot begin."""
+    floats = torch.randn(3 * SLOT // 8)
+    memory = bytes(range(16)) + floats.numpy().tobytes()
+    spans = [
+        _layout.Span(5, 16, 0, 0, None),
+        _layout.Span(64, 2 * floats.nbytes, 0, 16, (torch.float32, torch.float64)),
+    ]
+    ring = _device.Ring(Late(), SLOT, 2, 3)
+    with _device.Upload(spans, 64 + 2 * floats.nbytes, [_device.Source(memory)], ring) as going:
+        going.wait()
+    assert bytes(going.arena[5:21]) == memory[:16]
+    assert torch.equal(going.arena[64:].view(torch.float64), floats.double())
+
+
 def test_each_storage_is_its_own() -> None:
     """A storage in the arena has its own address and size: saving and copying take it alone; it keeps the arena."""
     arena = torch.arange(4096).to(torch.uint8)
@@ -545,6 +571,25 @@ def test_inputs_of_any_kind_leave_the_host(monkeypatch: pytest.MonkeyPatch) -> N
     }
     assert len(pinned) == len(recorded) == len(given) - 1
     assert not any(tensor.is_sparse for tensor in recorded)
+
+
+def test_an_rnn_without_room_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a device has no room at all, a load says what it needs, also before the first weight of an RNN."""
+
+    def full(*_: object, **__: object) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(torch, "zeros", full)
+    monkeypatch.setattr(torch, "empty", full)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 80 << 30))
+    engine = object.__new__(_device.Cuda)
+    engine.device = torch.device("cuda", 0)
+    settings = _device.Recurrent("GRU", 2, 5, 0, 1, False, False, False)
+    with pytest.raises(errors.ZeroCopyError, match=r"an RNN of the model needs .*\(420 bytes\).* 80.00 GiB 0.00 GiB"):
+        engine.recurrent([(15, 2), (15, 5)], torch.float32, settings)
+    with pytest.raises(errors.ZeroCopyError, match=r"the model needs .*\(7 bytes\)"):
+        engine.allocate(7)
 
 
 # ---------------------------------------------------------------- on a GPU
