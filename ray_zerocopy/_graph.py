@@ -186,13 +186,9 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
         numbers = [self._numbers.get(id(weight), -1) for weight in weights]
         left = all(0 <= n < len(self.tensors) and self.tensors[n] is w for n, w in zip(numbers, weights, strict=True))
         whole = 0 < len(set(numbers)) == len(numbers) == len(module.__dict__.get("_flat_weights_names", ()))
-        if not (left and whole and type(module).flatten_parameters is torch.nn.RNNBase.flatten_parameters):
-            return None
-        settings = (
-            *(module.mode, module.input_size, module.hidden_size, module.proj_size, module.num_layers),
-            *(module.bias, module.batch_first, bool(module.bidirectional)),
-        )
-        return tuple(numbers), settings
+        torchs = getattr(module.flatten_parameters, "__func__", None) is torch.nn.RNNBase.flatten_parameters
+        settings = tuple(getattr(module, name, None) for name in _OF_RNN)
+        return (tuple(numbers), settings) if left and whole and torchs and None not in settings else None
 
     def persistent_id(self, obj: Any) -> Any:
         # Called for every object of the graph, strings and all: one lookup decides for nearly all of them.
@@ -328,6 +324,9 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
         if not small:
             self.arrays.append(buffer)
         return small
+
+
+_OF_RNN = ("mode", "input_size", "hidden_size", "proj_size", "num_layers", "bias", "batch_first", "bidirectional")
 
 
 def _is_of_module(module: str, name: str, value: object) -> bool:

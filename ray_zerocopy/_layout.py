@@ -418,11 +418,10 @@ def _sharing_bytes(storages: list[Slice]) -> Iterator[tuple[int, int]]:
         end, last = max(end, (buffer, offset + nbytes)), number
 
 
-def alone(layout: Layout, tensors: Sequence[int]) -> bool:
-    """Tell whether each of these tensors has a storage of its own, and bytes, that no other tensor sees."""
-    storages = {layout.views[tensor][0] for tensor in tensors if layout.views[tensor][1]}
-    shared = any(not storages.isdisjoint(both) for both in _sharing_bytes(layout.storages))
-    return len(storages) == len(tensors) and not shared
+def alone(layout: Layout) -> set[int]:
+    """Return the numbers of the tensors with a storage of their own, and bytes, that no other tensor sees."""
+    shared = {number for both in _sharing_bytes(layout.storages) for number in both}
+    return {i for i, (number, elements, *_) in enumerate(layout.views) if elements and number not in shared}
 
 
 def arrange(
@@ -528,8 +527,6 @@ def unpack(
     parameter_type = torch.nn.Parameter
     tensors: list[torch.Tensor] = []
     for number, elements, kind, offset, shape, stride, parameter, flag, conjugate, negative in layout.views:
-        if changed and number in changed and dtype is not None:
-            kind = dtype
         if elements and not pieces:
             # The quickest way there is, 2 us with the Parameter: the storage is made along with the tensor.
             buffer, begin, _ = slices[number]
@@ -537,17 +534,21 @@ def unpack(
             tensor = torch.frombuffer(memory, dtype=kind, count=elements, offset=base + begin)
             if len(shape) != 1:
                 tensor.resize_(shape)
-        elif elements and pieces[number].dtype is kind:
-            tensor = pieces[number].resize_(shape)
-        else:
-            if pieces:
-                storage = pieces[number].untyped_storage()
-                offset += int(pieces[number].storage_offset()) // kind.itemsize
+        elif pieces:
+            piece = pieces[number]
+            if changed and number in changed and dtype is not None:
+                kind = dtype
+            if elements and piece.dtype is kind:
+                tensor = piece.resize_(shape)
             else:
-                known = ready[number]
-                storage = known if known is not None else _storage(slices[number], buffers)
-                ready[number] = storage
-            tensor = torch.empty(0, dtype=kind, device=storage.device).set_(storage, offset, shape, stride)
+                offset += int(piece.storage_offset()) // kind.itemsize
+                tensor = torch.empty(0, dtype=kind, device=piece.device)
+                tensor.set_(piece.untyped_storage(), offset, shape, stride)
+        else:
+            storage = ready[number]
+            if storage is None:
+                storage = ready[number] = _storage(slices[number], buffers)
+            tensor = torch.empty(0, dtype=kind, device="cpu").set_(storage, offset, shape, stride)
         if conjugate:
             tensor = tensor.conj()
         if negative:

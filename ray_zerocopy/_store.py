@@ -90,7 +90,7 @@ class Header(NamedTuple):
     """What a model's first object has beside buffers, pickled: how to make the model of them.
 
     Of the fields, `composed` and `constructs` are those of `_graph.Parts`, and `recurrent` has those RNNs of it
-    whose weights may go anywhere: no other tensor shares bytes with one.
+    whose weights may go anywhere: no other tensor shares bytes with one, nor an RNN before it.
     """
 
     layout: _layout.Layout
@@ -136,7 +136,12 @@ def put(model: object, name: str | None = None) -> ModelRef:
     parts = _graph.take_apart(model, leave_out=CARRIED)
     packed = _layout.pack(parts.tensors, parts.arrays)
     layout = packed.layout
-    recurrent = [part for part in parts.recurrent if _layout.alone(layout, part[0])]
+    free = _layout.alone(layout) if parts.recurrent else set()
+    recurrent = []
+    for weights, settings in parts.recurrent:
+        if free.issuperset(weights):
+            free.difference_update(weights)  # one that several RNNs have goes with the first of them
+            recurrent.append((weights, settings))
     header = Header(layout, parts.skeleton, parts.composed, parts.constructs, recurrent).pickled()
     nbytes = sum(layout.buffers)
     name = name or type(model).__name__

@@ -320,6 +320,39 @@ def test_rnn_weights_arrive_in_the_devices_order(dtype: torch.dtype | None, monk
     assert loaded.private <= sum(t.nbytes for t in model.state_dict().values()) + 6 * (64 + 24 * 16)
 
 
+class Sharing(nn.Module):
+    """RNNs with one weight in common, with all, and with attributes that are not torch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.LSTM(6, 90), nn.LSTM(6, 90)
+        self.second.weight_ih_l0 = self.first.weight_ih_l0
+        self.others = [copy.copy(self.first)]
+        self.own_way = nn.GRU(5, 3)
+        self.own_way.flatten_parameters = print
+        self.unnamed = nn.GRU(5, 3)
+        del self.unnamed.mode
+
+
+def test_rnns_that_share_weights_take_them_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight of several RNNs goes to the block of the first; an RNN unlike torch's gets none, and no error."""
+    source = Sharing()
+    ring = _device.Ring(Late(orders=True), slot_bytes=4096, threads=3, depth=4)
+    loaded = load_late(source, ring, monkeypatch)
+    model = loaded.model
+    for have, want in zip(model.state_dict().values(), source.state_dict().values(), strict=True):
+        assert torch.equal(have, want)
+    assert model.second.weight_ih_l0 is model.first.weight_ih_l0
+    storages = [
+        [weight.untyped_storage()._cdata for weight in rnn._flat_weights]
+        for rnn in (model.first, *model.others, model.second, model.own_way, model.unnamed)
+    ]
+    assert storages[0] == storages[1] == storages[0][:1] * 4
+    assert storages[2][0] == storages[0][0]
+    assert [len(set(each)) for each in storages[2:]] == [4, 4, 4]
+    assert loaded.private <= sum(weight.nbytes for weight in model.parameters()) + 64 + 4 * 12
+
+
 def test_it_never_reads_the_private_view(ring: _device.Ring, monkeypatch: pytest.MonkeyPatch) -> None:
     """A load to a device maps nothing: the bytes come from the store's file, or its own mapping without one."""
 
