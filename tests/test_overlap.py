@@ -195,7 +195,8 @@ def test_rows_as_a_cause() -> None:
     assert isinstance(error.__cause__.__cause__, RowsOfBatch)
     assert text.index("in rows 0 to 1") < text.index("inner") < text.index("outer")
     add_cause(error, "in rows 2 to 3 of the batch")
-    assert [str(error.__cause__.__cause__), error.__cause__.__cause__.__cause__] == ["in rows 2 to 3 of the batch", None]
+    last = error.__cause__.__cause__
+    assert (str(last), last.__cause__) == ("in rows 2 to 3 of the batch", None)
 
 
 def test_each_stage_has_the_callers_settings() -> None:
@@ -456,12 +457,12 @@ def test_an_error_raised_again_names_the_last_rows(model_ref: ModelRef) -> None:
 
     class Fails(AddOne):
         def preprocess(self, batch: pa.Table) -> torch.Tensor:
-            if batch["x"][0].as_py() == failing:
+            if batch["x"][0].as_py() == self.failing:
                 raise error
             return super().preprocess(batch)
 
     predictor = Fails(model_ref, micro_batch_size=5)
-    for failing in (0, 5):
+    for predictor.failing in (0, 5):
         with pytest.raises(ValueError, match="the same object"):
             predictor(numbers())
     text = "".join(traceback.format_exception(error))
