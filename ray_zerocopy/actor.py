@@ -42,7 +42,8 @@ def prepare_model_for_actors(model: object) -> ModelRef:
         this function ends.
 
     Raises:
-        TypeError: A part of `model` cannot be pickled; the message names its attribute path.
+        TypeError: A part of `model` cannot be pickled, and the message names its attribute path; or `model` is none
+            yet: a name, a path, a class, None.
         ZeroCopyError: The store of this node is too small; nothing has been put.
 
     Example:
