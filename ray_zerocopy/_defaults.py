@@ -11,7 +11,7 @@ import pyarrow as pa
 import torch
 
 from ._batches import described
-from .arrow import column_to_tensor, tensor_to_column
+from .arrow import column_to_tensor, columns_of, tensor_to_column
 
 __all__ = [
     "Arguments",
@@ -70,8 +70,8 @@ def kept(batch: pa.Table, keep_columns: bool | str | Iterable[str], name: str) -
     names = [keep_columns] if isinstance(keep_columns, str) else list(keep_columns or ())
     if missing := [column for column in names if column not in batch.column_names]:
         raise ValueError(
-            f"{name}.keep_columns names {', '.join(map(repr, missing))}, and the batch has "
-            f"{', '.join(map(repr, batch.column_names)) or 'no columns'}."
+            f"{name}.keep_columns names {', '.join(map(repr, missing))}, which the batch does not have. "
+            f"{columns_of(batch)}"
         )
     return batch.select(names)
 

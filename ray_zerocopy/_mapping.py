@@ -41,11 +41,14 @@ __all__ = [
     "Unmappable",
     "locate",
     "open_file",
+    "parse_region",
     "pin",
     "populate",
     "private_view",
     "region_at",
+    "regions",
     "restore",
+    "shared_view",
     "written_bytes",
 ]
 

@@ -20,6 +20,7 @@ other from the calling thread, so that sums come out bit for bit as they do with
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 import threading
 from collections import deque
@@ -147,9 +148,17 @@ def noting(part: range) -> Iterator[None]:
         raise
 
 
+_NOTE = re.compile(r"in rows \d+ to \d+ of the batch")
+
+
 def add_note(error: Exception, note: str) -> None:
-    """Add a note that the exception's traceback shows; the exception stays what it is."""
+    """Add a note that the exception's traceback shows; the exception stays what it is.
+
+    In place of such a note of before: an object that is raised again is where it is raised last.
+    """
     if sys.version_info >= (3, 11):
+        if notes := getattr(error, "__notes__", None):
+            notes[:] = [other for other in notes if not _NOTE.fullmatch(other)]
         error.add_note(note)
     else:
         add_cause(error, note)
@@ -159,6 +168,8 @@ def add_cause(error: BaseException, note: str) -> None:
     """Add the note where Python 3.10 shows one: as the cause of what caused the exception first."""
     seen = {id(error)}
     while (cause := error.__cause__ or error.__context__) is not None and id(cause) not in seen:
+        if isinstance(cause, RowsOfBatch):
+            break
         seen.add(id(cause))
         error = cause
     error.__cause__ = RowsOfBatch(note)

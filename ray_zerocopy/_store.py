@@ -22,7 +22,24 @@ from ray.actor import ActorHandle
 from . import _collector, _device, _graph, _layout, _mapping
 from .errors import ModelLostError, ZeroCopyError, ZeroCopyWarning
 
-__all__ = ["Loaded", "ModelRef", "build", "check", "fetch", "format_bytes", "get", "put"]
+__all__ = [
+    "CARRIED",
+    "Header",
+    "How",
+    "Loaded",
+    "ModelRef",
+    "build",
+    "check",
+    "check_session",
+    "fetch",
+    "format_bytes",
+    "get",
+    "host_memory",
+    "located",
+    "put",
+    "quietly",
+    "span",
+]
 
 # Bytes of buffers in one object of the store. Another node fetches an object from a node that has all of it,
 # so a large model in several objects spreads over the nodes while it is still arriving.
@@ -133,6 +150,9 @@ def put(model: object, name: str | None = None) -> ModelRef:
             "an ObjectRef was given where a model is to be shared. Give the model itself: "
             "ray.get(ref) first if it is in the store."
         )
+    if model is None or isinstance(model, (str, bytes, os.PathLike, type)):
+        given = f"the class {model.__name__}" if isinstance(model, type) else repr(model)
+        raise TypeError(f"{given} was given where a model is to be shared. Give the loaded model itself, an object.")
     parts = _graph.take_apart(model, leave_out=CARRIED)
     packed = _layout.pack(parts.tensors, parts.arrays)
     layout = packed.layout

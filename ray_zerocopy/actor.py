@@ -42,7 +42,8 @@ def prepare_model_for_actors(model: object) -> ModelRef:
         this function ends.
 
     Raises:
-        TypeError: A part of `model` cannot be pickled; the message names its attribute path.
+        TypeError: A part of `model` cannot be pickled, and the message names its attribute path; or `model` is none
+            yet: a name, a path, a class, None.
         ZeroCopyError: The store of this node is too small; nothing has been put.
 
     Example:
@@ -311,9 +312,17 @@ def load(
 def load_one(model_ref: ModelRef, device: DeviceLike, **how: Any) -> Loaded:
     """Load a model as `load` does; raise TypeError if the handle is of a pipeline."""
     loaded = load(model_ref, device, **how)
-    if isinstance(loaded.model, _Models):
-        raise TypeError(f"{model_ref!r} is of a pipeline: load it with load_pipeline_in_actor(skeleton, refs).")
+    check_one(loaded.model, model_ref)
     return loaded
+
+
+def check_one(model: Any, model_ref: ModelRef) -> None:
+    """Raise TypeError if what was loaded is what a pipeline shares."""
+    if isinstance(model, _Models):
+        raise TypeError(
+            f"{model_ref!r} is of a pipeline: load it with load_pipeline_in_actor(skeleton, refs). Its models can be "
+            f"called as tasks where the pipeline is rewritten by rewrite_pipeline(pipeline)."
+        )
 
 
 def _assigned_gpus() -> list[str] | None:

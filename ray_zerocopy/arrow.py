@@ -43,7 +43,8 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import numbers
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -84,6 +85,8 @@ _TO_ARROW = frozenset(_DTYPES.values()) | _AS_FLOAT32 | {torch.bool}
 _RAY_FIXED = frozenset({"ray.data.arrow_tensor", "ray.data.arrow_tensor_v2"})
 _RAY_VARIABLE = frozenset({"ray.data.arrow_variable_shaped_tensor"})
 _RAY_PICKLED = frozenset({"ray.data.arrow_pickled_object"})
+
+_NAMED = 20  # how many columns of a batch an error names
 
 Int64s = npt.NDArray[np.int64]
 
@@ -176,7 +179,8 @@ def column_to_padded(batch: pa.Table, name: str, fill: float = 0) -> tuple[torch
         The way back is `tensor_to_column([row[:n] for row, n in zip(padded, lengths)])`.
 
     Raises:
-        TypeError: The column is not of lists or variable shapes, or its values have no tensor form.
+        TypeError: The column is not of lists or variable shapes, its values have no tensor form, or `fill` is no
+            number.
         ValueError: There is no such column, or more than one; it has nulls; its rows have different numbers of
             dimensions, or are ragged in a second dimension; the column's dtype cannot hold `fill`.
 
@@ -229,6 +233,8 @@ def _place(padded: npt.NDArray[Any], values: npt.NDArray[Any], sizes: Int64s) ->
 
 
 def _check_fill(fill: float, dtype: torch.dtype, column: _Column) -> None:
+    if not isinstance(fill, numbers.Real):
+        raise TypeError(f"{column.label} cannot be filled with {fill!r}: fill is a number, such as 0.")
     if dtype.is_floating_point:
         limits: Any = torch.finfo(dtype)
         fits, kind = not math.isfinite(fill) or limits.min <= fill <= limits.max, "numbers"
@@ -347,11 +353,12 @@ def _column(batch: Any, name: str) -> _Column:
             f"a column comes from a pyarrow.Table, not from a {type(batch).__module__}.{type(batch).__qualname__}. "
             f"Let Ray Data give Arrow: ds.map_batches(..., batch_format='pyarrow')."
         )
+    if not isinstance(name, str):
+        raise TypeError(f"a column is named by a str, not by a {type(name).__qualname__}. {columns_of(batch)}")
     found = batch.schema.get_all_field_indices(name)
     if len(found) != 1:
         raise ValueError(
-            f"the batch has {len(found) or 'no'} column{'s' * (len(found) > 1)} '{name}'. It has "
-            f"{', '.join(map(repr, batch.column_names)) or 'no columns'}."
+            f"the batch has {len(found) or 'no'} column{'s' * (len(found) > 1)} '{name}'. {columns_of(batch)}"
             + (" Rename them so that each has a name of its own." if found else "")
         )
     chunked = batch.column(found[0])
@@ -370,6 +377,13 @@ def _column(batch: Any, name: str) -> _Column:
             f"nulls.{fill} those rows, batch.filter(pc.is_valid(batch[{name!r}])), where pc is pyarrow.compute."
         )
     return _Column(name, kind, chunked.chunks or [pa.nulls(0, kind)])
+
+
+def columns_of(batch: pa.Table) -> str:
+    """Say which columns a batch has, the first of many, for an error."""
+    names = batch.column_names
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f"It has {', '.join(map(repr, names[:_NAMED])) or 'no columns'}{more}."
 
 
 def _is_list(kind: Any) -> bool:
@@ -504,6 +518,11 @@ def tensor_to_column(values: torch.Tensor | Sequence[torch.Tensor]) -> pa.Array:
         ArrowTensorTypeV2(shape=(3, 4), dtype=float)
     """
     if not isinstance(values, torch.Tensor):
+        if not isinstance(values, Iterable) or isinstance(values, (str, bytes, Mapping)):
+            raise TypeError(
+                f"a column is made of a tensor, or of a list with a tensor a row, not of a "
+                f"{type(values).__module__}.{type(values).__qualname__}."
+            )
         return _rows_to_column(list(values))
     if values.ndim == 0:
         raise ValueError("a tensor of shape () has no rows to make a column of. Give it some: tensor.reshape(1).")

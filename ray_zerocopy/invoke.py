@@ -51,22 +51,22 @@ _warm = WarmModels()
 
 def _gpu_model_call(call: tuple[ModelRef, int | None, str], /, *args: Any, **kwargs: Any) -> Any:
     # On a device a model is not kept: Ray ends the worker of a GPU task after one call.
-    model_ref, part, method_name = call
-    loaded = actor.load(model_ref, None)
+    loaded = actor.load(call[0], None)
     args, kwargs = map_tensors((args, kwargs), lambda tensor: tensor.to(loaded.device))  # copy: to a device
-    return _Result(_called(loaded.model, part, method_name, args, kwargs))
+    return _Result(_called(loaded.model, call, args, kwargs))
 
 
 def _model_call(call: tuple[ModelRef, int | None, str], /, *args: Any, **kwargs: Any) -> Any:
-    model_ref, part, method_name = call
-    lent = _warm.lend(model_ref)
+    lent = _warm.lend(call[0])
     try:
-        return _Result(_called(lent.model, part, method_name, args, kwargs))
+        return _Result(_called(lent.model, call, args, kwargs))
     finally:
         _warm.give_back(lent)
 
 
-def _called(model: Any, part: int | None, method_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _called(model: Any, call: tuple[ModelRef, int | None, str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    model_ref, part, method_name = call
+    actor.check_one(model, model_ref)
     if part is not None:
         model = model[part]
     method = model if method_name == "__call__" else getattr(model, method_name)
@@ -123,7 +123,7 @@ class RemoteCall:
             within the call, and its items are the result, a list.
 
         Raises:
-            TypeError: `model_ref`, `args` or `kwargs` is of the wrong type.
+            TypeError: `model_ref`, `args`, `kwargs` or `method_name` is of the wrong type.
             ModelLostError: The handle is from another Ray session.
         """
         if not isinstance(args, (tuple, list)):
@@ -136,6 +136,8 @@ class RemoteCall:
                 f"call_model takes the model's keyword arguments as a dict, not as a {type(kwargs).__qualname__}: "
                 f'call_model.remote(model_ref, (), {{"name": value}}).'
             )
+        if not isinstance(method_name, str):
+            raise TypeError(f"call_model takes the name of a method of the model, not {method_name!r}.")
         _store.check(model_ref)
         if self._function is None:
             self._function = _with_options(self._options)
@@ -413,7 +415,9 @@ class RemoteModel:
         raise AttributeError(f"{self!r} has no '{name}': {self._hint(name)}", name=name, obj=self)
 
     def _hint(self, name: str) -> str:
-        if callable(getattr(self._kind, name, None)):
+        # What else every module has (parameters, half, state_dict) is about the weights, or moves them.
+        own = name in ("__call__", "forward") or not hasattr(torch.nn.Module, name)
+        if own and callable(getattr(self._kind, name, None)):
             return (
                 f"name it where the pipeline is rewritten, rewrite_pipeline(pipeline, method_names=(..., '{name}'))."
             )
@@ -457,7 +461,7 @@ def rewrite_pipeline(
         data goes in and comes out. One model under two names is one stand-in, a `RemoteModel`.
 
     Raises:
-        TypeError: A part cannot be pickled.
+        TypeError: A part cannot be pickled, or something in `method_names` is no name.
         ValueError: The pipeline has no models, no model has a method of a name, or Ray does not know an option.
         ZeroCopyError: The store of this node is too small.
 
@@ -485,7 +489,7 @@ def rewrite_pipeline(
     models = [model for _, model in found]
     models += [part for part in parts.carried if isinstance(part, actor.MODEL_TYPES)]  # of functions: globals too
     models = list({id(model): model for model in models}.values())
-    methods = _methods(models, [method_names] if isinstance(method_names, str) else list(method_names))
+    methods = _methods(models, method_names)
     used = {(id(part.__self__), part.__name__): None for part in bound}
     script_methods = dict.fromkeys(part.name for part in held if isinstance(part, torch.ScriptMethod))
     paths = {id(model): path for path, model in found}
@@ -534,8 +538,11 @@ def _is_module(model: object) -> bool:
     return isinstance(model, torch.nn.Module) and not isinstance(model, torch.jit.ScriptModule)
 
 
-def _methods(models: list[Any], names: list[str]) -> list[str]:
+def _methods(models: list[Any], names: str | Iterable[str]) -> list[str]:
+    names = [names] if isinstance(names, str) or not isinstance(names, Iterable) else list(names)
     for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"method_names has {name!r}, which is not a name. Give those of methods: ('__call__',).")
         if name != "__call__" and (hasattr(RemoteModel, name) or name in _FIELDS):
             raise ValueError(f"method_names: '{name}' has a meaning of its own on a stand-in and cannot be called.")
         if name.startswith("__") and name != "__call__":

@@ -34,7 +34,12 @@ def location(tensor: torch.Tensor) -> _mapping.Location | None:
 
     Returns:
         Device and inode of the file behind the memory, and the byte's offset in it.
+
+    Raises:
+        TypeError: `tensor` is none.
     """
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"location takes a tensor, not a {type(tensor).__module__}.{type(tensor).__qualname__}.")
     if tensor.device.type != "cpu" or tensor.numel() == 0:
         return None
     return _mapping.locate(tensor.data_ptr())

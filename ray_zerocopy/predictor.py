@@ -24,7 +24,7 @@ from ._defaults import Columns
 from ._device import DeviceLike
 from ._metrics import Totals
 from ._overlap import Stages, entered, noting, ranges
-from ._store import Loaded, ModelRef, format_bytes
+from ._store import Loaded, ModelRef, check_session, format_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -33,6 +33,7 @@ __all__ = ["ZeroCopyPredictor"]
 
 logger = logging.getLogger(__package__)
 _bindings = itertools.count(1)
+_SEVERAL = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _AS_THE_CLASS: Any = type("", (), {"__repr__": lambda self: "<as the class says>"})()
 
 
@@ -205,7 +206,7 @@ class ZeroCopyPredictor:
         )
 
     @classmethod
-    def using(cls, model_ref: ModelRef, /, **options: Any) -> type[Self]:
+    def using(cls, model_ref: ModelRef, **options: Any) -> type[Self]:
         """Return this class with its model and options bound, for `map_batches` to take as it is.
 
         Args:
@@ -220,12 +221,14 @@ class ZeroCopyPredictor:
             TypeError: `model_ref` is not a `ModelRef`, `preprocess` or `postprocess` is neither written nor
                 replaced by an option (a class with a constructor of its own is asked in the worker), an option is
                 not of its kind, or there is no such option.
+            ModelLostError: The handle is from another Ray session.
         """
         if not isinstance(model_ref, ModelRef):
             raise TypeError(
                 f"{_name(cls)}.using needs a ModelRef, not {type(model_ref).__qualname__}. Make one with "
                 f"model_ref = prepare_model_for_actors(model)."
             )
+        check_session(model_ref)  # Ray, which has to send what is bound, would say that an object has no owner
         signature = inspect.signature(cls)
         accepts = signature.parameters.values()
         # A constructor that takes the model gets it; one that does not finds it as the class attribute.
@@ -236,11 +239,20 @@ class ZeroCopyPredictor:
         try:
             signature.bind(**bound)
         except TypeError as error:
-            raise TypeError(f"{_name(cls)}.using: the constructor of {_name(cls)} {error}.") from None
+            raise TypeError(
+                f"{_name(cls)}.using: the constructor of {_name(cls)} {error}. It takes "
+                f"{', '.join(map(str, signature.parameters))}: the model as model_ref, any other from using. What is "
+                f"Ray Data's (batch_size, compute, num_gpus) goes to ds.map_batches."
+            ) from None
 
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
             given = signature.bind_partial(*args).arguments  # fn_constructor_args count more than what is bound
             cls.__init__(self, *args, **{k: v for k, v in bound.items() if k not in given} | kwargs)
+
+        # For the next `using`, of this class or of a subclass: what it may give, and what is given.
+        own = [p.replace(default=bound[p.name]) if p.name in bound and p.kind not in _SEVERAL else p for p in accepts]
+        itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        __init__.__signature__ = signature.replace(parameters=[itself, *own])  # type: ignore[attr-defined]
 
         members: dict[str, Any] = {
             "model_ref": model_ref,
@@ -293,6 +305,8 @@ class ZeroCopyPredictor:
         method, or to reduce large outputs before they leave the device. What it returns on the CPU is not copied: a
         model that fills the same buffer in each call needs a clone of it here.
         """
+        if inputs is None:
+            raise TypeError(f"{_name(type(self))}.preprocess returned None. Return the model's inputs.")
         if isinstance(inputs, Mapping):
             return self.model(**inputs)
         if isinstance(inputs, _defaults.Arguments):
@@ -324,6 +338,9 @@ class ZeroCopyPredictor:
             The rows, or a generator of rows where `postprocess` returned one, or where parts of the batch have
             columns of different types.
         """
+        if not hasattr(self, "totals"):
+            name = _name(type(self))
+            raise TypeError(f"{name}.__init__ loaded no model. Call super().__init__(model_ref) in it.")
         with self.totals.busy():
             table = to_arrow(batch, _name(type(self)))
             results = self._results(table)
@@ -561,12 +578,14 @@ def _check_complete(options: Any, cls: type[ZeroCopyPredictor]) -> None:
 
 
 def _no_model(cls: type[ZeroCopyPredictor]) -> str:
-    name = _name(cls)
+    name, module = _name(cls), _written(cls).__module__
+    lost = (
+        f" A class attribute {name}.model_ref that was set at run time does not reach the workers if {name} is in an "
+        f"importable module ({module}): Ray sends such a class by name only."
+    )
     return (
         f"{name} got no model. Give ds.map_batches either {name}.using(model_ref), or {name} with "
-        f'fn_constructor_kwargs={{"model_ref": model_ref}}. A class attribute {name}.model_ref that was set at '
-        f"run time does not reach the workers if {name} is in an importable module ({_written(cls).__module__}): Ray "
-        f"sends such a class by name only."
+        f'fn_constructor_kwargs={{"model_ref": model_ref}}.{lost if module != "__main__" else ""}'
     )
 
 

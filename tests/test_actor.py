@@ -361,6 +361,21 @@ def test_an_object_ref_is_no_model(ray_session: None) -> None:
         prepare_model_for_actors(prepare_model_for_actors(nn.Linear(1, 1)))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (None, "None was"),
+        ("bert-base", "'bert-base' was"),
+        (Path("model.pt"), "model.pt"),
+        (nn.Linear, "class Linear"),
+    ],
+)
+def test_what_is_not_yet_a_model(wrong: Any, words: str, ray_session: None) -> None:
+    """A name, a path, a class, or nothing, given for a model, is refused where it is shared."""
+    with pytest.raises(TypeError, match=rf"{words}.*given where a model is to be shared"):
+        prepare_model_for_actors(wrong)
+
+
 def test_a_handle_from_another_session(ray_session: None) -> None:
     """A handle from an earlier Ray session is an error at once, not a wait for what never comes."""
     ref = prepare_model_for_actors(nn.Linear(1, 1))
@@ -476,6 +491,12 @@ def test_pool_memory(ray_session: None) -> None:
 
 def _pid(_: Any) -> int:
     return os.getpid()
+
+
+def test_a_location_is_of_a_tensor() -> None:
+    """Anything but a tensor has no location, and is named."""
+    with pytest.raises(TypeError, match=r"location takes a tensor, not a numpy.ndarray"):
+        memory.location(np.ones(3))  # type: ignore[arg-type]
 
 
 def test_walk_never_runs_a_property() -> None:

@@ -474,6 +474,14 @@ def test_the_wrong_name_says_what_there_is() -> None:
         column_to_tensor(table(pa.array([1])), "y")
     with pytest.raises(ValueError, match="the batch has 2 columns 'a'"):
         column_chunks(pa.table([[1], [2]], names=["a", "a"]), "a")
+    with pytest.raises(TypeError, match=r"named by a str, not by a list. It has 'other', 'x'\."):
+        column_to_tensor(table(pa.array([1])), ["x"])
+
+
+def test_a_wide_table_names_its_first_columns() -> None:
+    """An error about a table of many columns stays readable."""
+    with pytest.raises(ValueError, match=r"It has 'c0', .* 'c19' and 2980 more\.$"):
+        column_to_tensor(pa.table({f"c{number}": [1] for number in range(3000)}), "x")
 
 
 def test_another_batch_format_says_so() -> None:
@@ -538,6 +546,13 @@ def test_a_fill_that_the_column_cannot_hold_is_refused(fill: float, kind: pa.Dat
     words = "numbers" if pa.types.is_floating(kind) else "whole numbers"
     with pytest.raises(ValueError, match=rf"cannot hold fill=.* values are {words} from"):
         column_to_padded(table(pa.array([[1], [1, 2]], pa.list_(kind))), "x", fill=fill)
+
+
+@pytest.mark.parametrize("fill", [None, "0"])
+def test_a_fill_that_is_no_number_is_refused(fill: Any) -> None:
+    """A fill such as the `pad_token_id` that a tokenizer does not have is named."""
+    with pytest.raises(TypeError, match=rf"column 'x' .* cannot be filled with {fill!r}: fill is a number"):
+        column_to_padded(table(pa.array([[1], [1, 2]])), "x", fill=fill)
 
 
 @pytest.mark.parametrize(
@@ -692,6 +707,9 @@ def test_small_floats_in_rows_become_float32() -> None:
         (lambda: torch.eye(2).to_sparse(), TypeError, r"sparse_coo.*to_dense"),
         (lambda: torch.ones(2, device="meta"), TypeError, "meta device"),
         (list, ValueError, "an empty list says no type"),
+        (lambda: None, TypeError, "list with a tensor a row, not of a builtins.NoneType"),
+        (lambda: {"y": torch.ones(2)}, TypeError, "not of a builtins.dict"),
+        (lambda: "text", TypeError, "not of a builtins.str"),
         (lambda: [torch.ones(1), np.ones(2)], TypeError, "row 1 is a numpy.ndarray, not a tensor"),
         (lambda: [torch.ones(1), torch.ones(2).int()], TypeError, r"torch.float32 and torch.int32.*Cast"),
         (lambda: [torch.ones(1), torch.ones(2, 2)], ValueError, "of 1 and 2 dimensions"),

@@ -35,6 +35,7 @@ from ray_zerocopy import (
     load_model_in_actor,
     memory,
     prepare_model_for_actors,
+    rewrite_pipeline_for_actors,
 )
 from ray_zerocopy.invoke import RemoteModel, call_model, rewrite_pipeline
 
@@ -165,6 +166,11 @@ def test_wrong_arguments(net: Any) -> None:
             ray.get(call_model.remote(net.it.model_ref, *args))
     with pytest.raises(TypeError, match="a ModelRef is needed"):
         ray.get(call_model.remote("model", ()))
+    with pytest.raises(TypeError, match="the name of a method of the model, not None"):
+        ray.get(call_model.remote(net.it.model_ref, (X,), None, None))
+    _, refs = rewrite_pipeline_for_actors([nn.Linear(2, 2)])
+    with pytest.raises(TypeError, match=r"is of a pipeline: .* rewrite_pipeline\(pipeline\)"):
+        ray.get(call_model.remote(refs, (X,)))
 
 
 def test_calls_run_in_parallel(net: Any, tmp_path: Path) -> None:
@@ -218,6 +224,9 @@ def test_methods_by_name(net: Any) -> None:
     ]:
         with pytest.raises(ValueError, match=f"'{name}'.* {words}"):
             rewrite_pipeline(Net(), ["__call__", name])
+    for names in (None, ["__call__", 1]):
+        with pytest.raises(TypeError, match=r"method_names has (None|1), which is not a name"):
+            rewrite_pipeline(Net(), names)
     with pytest.raises(ValueError, match="dict has no models"):
         rewrite_pipeline({"a": 1})
 
@@ -229,6 +238,9 @@ def test_what_pipelines_ask(net: Any) -> None:
     assert (it.device, it.dtype, it.training) == (torch.device("cpu"), torch.float32, False)
     assert it.eval() is it.train(False) is it.to("cpu") is it.to(torch.float32) is it
     assert not hasattr(it, "weight")
+    for name in ("parameters", "cuda", "half"):
+        with pytest.raises(AttributeError, match=rf"no '{name}': its weights are in the object store"):
+            getattr(it, name)
     for call, words in [
         (lambda: it.to("cuda"), "no weights here to move to cuda"),
         (lambda: it.to(torch.float16), "Cast the model, then rewrite"),

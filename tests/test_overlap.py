@@ -22,7 +22,7 @@ from ray.data import ActorPoolStrategy
 from torch import nn
 
 from ray_zerocopy import ModelRef, ZeroCopyPredictor, prepare_model_for_actors
-from ray_zerocopy._overlap import DEPTH, RowsOfBatch, Stages, add_cause, ranges
+from ray_zerocopy._overlap import DEPTH, RowsOfBatch, Stages, add_cause, add_note, ranges
 
 
 def parts(count: int) -> Iterator[range]:
@@ -194,6 +194,9 @@ def test_rows_as_a_cause() -> None:
     text = "".join(traceback.format_exception(error))
     assert isinstance(error.__cause__.__cause__, RowsOfBatch)
     assert text.index("in rows 0 to 1") < text.index("inner") < text.index("outer")
+    add_cause(error, "in rows 2 to 3 of the batch")
+    last = error.__cause__.__cause__
+    assert (str(last), last.__cause__) == ("in rows 2 to 3 of the batch", None)
 
 
 def test_each_stage_has_the_callers_settings() -> None:
@@ -445,6 +448,26 @@ def test_an_error_names_the_rows(model_ref: ModelRef) -> None:
         predictor(numbers())
     assert "in rows 10 to 14 of the batch" in "".join(traceback.format_exception(caught.value))
     assert predictor(numbers(10)).num_rows == 10
+
+
+def test_an_error_raised_again_names_the_last_rows(model_ref: ModelRef) -> None:
+    """One exception object that several batches meet says where it was raised last, and keeps its own notes."""
+    error = ValueError("the same object each time")
+    add_note(error, "the user's own")
+
+    class Fails(AddOne):
+        def preprocess(self, batch: pa.Table) -> torch.Tensor:
+            if batch["x"][0].as_py() == self.failing:
+                raise error
+            return super().preprocess(batch)
+
+    predictor = Fails(model_ref, micro_batch_size=5)
+    for predictor.failing in (0, 5):
+        with pytest.raises(ValueError, match="the same object"):
+            predictor(numbers())
+    text = "".join(traceback.format_exception(error))
+    assert [text.count(f"in rows {rows} of the batch") for rows in ("0 to 4", "5 to 9")] == [0, 1]
+    assert "the user's own" in text
 
 
 @pytest.mark.parametrize("size", [None, 4])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import subprocess
 import sys
@@ -38,6 +39,7 @@ from transformers import BatchEncoding
 from transformers.modeling_outputs import BaseModelOutput
 
 from ray_zerocopy import (
+    ModelLostError,
     ModelRef,
     ZeroCopyPredictor,
     load_model_in_actor,
@@ -104,6 +106,10 @@ def test_a_constructor_that_asks_for_the_model(model_ref: ModelRef) -> None:
     assert bound(model_ref).threads == 3
     assert bound(model_ref=model_ref, threads=4).threads == 4
     assert bound.using(model_ref, threads=5)().threads == 5
+    assert bound.using(model_ref, threads=5)(model_ref).threads == 5
+    twice = AddOne.using(model_ref).using(model_ref=model_ref)
+    assert [made(BATCH).num_rows for made in (twice(), twice(model_ref), twice(model_ref=model_ref))] == [5] * 3
+    assert WithOptions.using(model_ref, factor=2.0).using(model_ref)().factor == 2.0
     with pytest.raises(TypeError, match="constructor of WithOptions missing a required argument: 'factor'"):
         WithOptions.using(model_ref)
 
@@ -313,6 +319,31 @@ def test_no_model(ray_session: None) -> None:
     """A predictor without a model names the three ways to give it one."""
     with pytest.raises(TypeError, match=r"AddOne got no model.*using\(model_ref\).*fn_constructor_kwargs"):
         AddOne()
+    here = type("Here", (AddOne,), {"__module__": "__main__"})
+    with pytest.raises(TypeError, match=r"fn_constructor_kwargs={[^}]*}\.$"):  # its attributes do reach the workers
+        here()
+
+
+def test_a_constructor_that_loads_no_model(model_ref: ModelRef) -> None:
+    """A constructor that does not call the base class's is named with what to write in it."""
+
+    class Forgets(AddOne):
+        def __init__(self) -> None:
+            self.words = ["no", "yes"]
+
+    with pytest.raises(TypeError, match=r"Forgets.__init__ loaded no model. Call super\(\).__init__\(model_ref\)"):
+        Forgets.using(model_ref)()(BATCH)
+
+
+def test_a_preprocess_that_returns_nothing(model_ref: ModelRef) -> None:
+    """A forgotten `return` is said of the method that lacks it, not of the model."""
+
+    class Forgets(AddOne):
+        def preprocess(self, batch: pa.Table) -> None:
+            super().preprocess(batch)
+
+    with pytest.raises(TypeError, match=r"Forgets.preprocess returned None"):
+        Forgets(model_ref)(BATCH)
 
 
 @pytest.mark.parametrize(("cls", "method"), [(NoPostprocess, "postprocess"), (NoPreprocess, "preprocess")])
@@ -340,8 +371,11 @@ def test_using_checks_its_arguments(model_ref: ModelRef) -> None:
     """`using` refuses what is no handle and options that the constructor does not have, in the driver."""
     with pytest.raises(TypeError, match=r"AddOne.using needs a ModelRef, not Linear"):
         AddOne.using(nn.Linear(1, 1))
-    with pytest.raises(TypeError, match=r"constructor of AddOne.*colour"):
-        AddOne.using(model_ref, colour="red")
+    for made in (AddOne, AddOne.using(model_ref)):
+        with pytest.raises(TypeError, match=r"constructor of AddOne.*num_gpus.*takes model_ref, device.*map_batches"):
+            made.using(model_ref, num_gpus=1)
+    with pytest.raises(ModelLostError, match="from another Ray session"):
+        AddOne.using(dataclasses.replace(model_ref, session="of yesterday"))
 
 
 def test_an_instance_is_not_sent(model_ref: ModelRef) -> None:
@@ -546,7 +580,7 @@ def test_numpy_integers_and_handles_of_pipelines(model_ref: ModelRef) -> None:
         ({"output_column": "y"}, TypeError, r"outputs, a builtins.dict, make no column 'y'.*\{'sum': \.\.\., 'pro"),
         ({"output_column": {"logits": "y"}}, TypeError, r"has no output 'logits'. Name the outputs: output_column="),
         ({"output_column": {"sum": "name"}}, ValueError, r"has a column 'name' already.*keep_columns"),
-        ({"keep_columns": ["z"]}, ValueError, r"Wrong.keep_columns names 'z', and the batch has 'a', 'b', 'name'"),
+        ({"keep_columns": ["z"]}, ValueError, r"Wrong.keep_columns names 'z', .* It has 'a', 'b', 'name'\."),
         ({"rows": 3}, ValueError, r"shape \(3,\), have 3 rows for a batch of 5.*Write postprocess"),
     ],
 )
