@@ -99,7 +99,7 @@ class Copies:
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
-    return tensor.layout is torch.strided and not tensor.is_nested
+    return tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_quantized
 
 
 def map_tensors(values: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -110,7 +110,10 @@ def _assigned_cuda(device: DeviceLike, wanted: torch.device, assigned: Sequence[
             f"(num_gpus=1, or a fraction), or give device=None to follow Ray's assignment."
         )
     if not torch.cuda.is_available():
-        raise ValueError(f"device={device!r}, but torch {torch.__version__} finds no usable CUDA device here.")
+        raise ValueError(
+            f"device={device!r}, but torch {torch.__version__} finds no usable CUDA device here. Leave device out to "
+            f"load on the CPU, or install a torch with CUDA."
+        )
     own = [_ordinal(gpu) for gpu in assigned] if assigned is not None else list(range(torch.cuda.device_count()))
     default = own[0] if assigned is not None else torch.cuda.current_device()
     ordinal = default if wanted.index is None else wanted.index

@@ -381,7 +381,8 @@ def casts(layout: Layout, dtype: torch.dtype | None) -> dict[int, torch.dtype]:
         return {}
     if dtype not in _FLOATING:
         raise ValueError(
-            f"dtype={dtype} is not one to convert weights to. Give float16, bfloat16, float32 or float64."
+            f"dtype={dtype!r} is not one to convert weights to. Give torch.float16, torch.bfloat16, torch.float32 or "
+            f"torch.float64."
         )
     seen: dict[int, dict[torch.dtype, tuple[int, ...]]] = {}
     for number, _, kind, _, shape, *_ in layout.views:
