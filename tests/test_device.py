@@ -466,7 +466,7 @@ ARRAY = bytearray(64)
 def test_no_dtype_for_weights() -> None:
     """An integer dtype is refused, and one that is there already changes nothing."""
     layout = _layout.pack([torch.ones(3), torch.ones(3, dtype=torch.int8)]).layout
-    with pytest.raises(ValueError, match=r"dtype=torch.int8 is not one to convert weights to\. Give float16"):
+    with pytest.raises(ValueError, match=r"dtype=torch.int8 is not one to convert weights to\. Give torch.float16"):
         _layout.casts(layout, torch.int8)
     assert _layout.casts(layout, torch.float32) == _layout.casts(layout, None) == {}
 
