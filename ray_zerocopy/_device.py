@@ -62,8 +62,8 @@ DeviceLike = str | int | torch.device | None
 SLOT_BYTES = 4 << 20
 SLOTS_IN_FLIGHT = 4
 MOST_THREADS = 12
-# Between two spans in one slot at most so many bytes of the arena are overwritten with whatever the slot holds:
-# the padding that aligns storages, and never a byte that is copied some other way.
+# Between two spans in one slot at most so many bytes of the arena are overwritten with zeros: the padding that aligns
+# storages, and never a byte that is copied some other way.
 PADDING = 512
 # So many elements torch converts in the thread that asks. Of more it gives parts to as many threads as it may have,
 # and each thread of a load would have these anew.
@@ -440,8 +440,8 @@ class Upload:
     """A copy of host bytes to a device, under way while a `with` block runs.
 
     The first `nbytes` places go to one allocation, `arena`; what `blocks` has, places and allocations, to those. All
-    can be divided into tensors at once; `wait` returns when the bytes are in them. Leaving the block early,
-    by any exception, stops the copy; no thread and no copy is left when the block has been left.
+    can be divided into tensors at once; `wait` returns when the bytes are in them. Leaving the `with` block early, by
+    any exception, stops the copy; no thread and no copy is left when it has been left.
     """
 
     def __init__(
@@ -508,7 +508,7 @@ class Upload:
                             direct = self._direct.pop() if self._direct else None
                             chunk = next(self._chunks, None) if direct is None else None
                         if direct is not None:
-                            event = engine.copy(self._at(direct.place, direct.nbytes), direct.memory)
+                            event = engine.copy(_part(self._allocations, direct.place, direct.nbytes), direct.memory)
                         elif chunk is not None:
                             event = self._send(*chunk)
                         else:
@@ -528,11 +528,6 @@ class Upload:
             if last:
                 self._ended.set()
 
-    def _at(self, place: int, nbytes: int) -> torch.Tensor:
-        number = bisect.bisect_right(self._allocations, place, key=lambda allocation: allocation[0]) - 1
-        begin, allocation = self._allocations[number]
-        return allocation[place - begin : place - begin + nbytes]
-
     def _send(self, place: int, nbytes: int, pieces: list[_Piece]) -> Any:
         slot = self._ring.take()
         try:
@@ -542,7 +537,8 @@ class Upload:
                     slot.bytes[end : piece.at] = bytes(piece.at - end)
                 self._fill(slot, piece)
                 end = piece.at + piece.nbytes
-            event = self._ring.engine.copy(self._at(place, nbytes), slot.memory[begin : begin + nbytes])
+            there = _part(self._allocations, place, nbytes)
+            event = self._ring.engine.copy(there, slot.memory[begin : begin + nbytes])
         except BaseException:
             self._ring.forget()
             raise
@@ -605,8 +601,7 @@ def divide(
             pieces[number] = torch.empty(0, dtype=torch.uint8, device=arena.device)
             continue
         if place >= len(arena):
-            begin, block = next(part for part in reversed(blocks) if place >= part[0])
-            pieces[number] = block[place - begin : place - begin + nbytes]
+            pieces[number] = _part(blocks, place, nbytes)
             continue
         kind = kinds.get(number, torch.uint8)
         numbers.setdefault(torch.uint8 if place % kind.itemsize else kind, []).append(number)
@@ -614,22 +609,28 @@ def divide(
         size = kind.itemsize
         typed = arena[: len(arena) // size * size].view(kind)
         # All in one call: one slice at a time takes three times as long.
+        apart: list[int] = []
         lengths, end = [], 0
         for number in members:
             begin, nbytes = places[number]
             if begin >= end:
+                apart.append(number)
                 lengths += [(begin - end) // size, nbytes // size]
                 end = begin + nbytes
-        cut = iter(typed.split_with_sizes([*lengths, len(typed) - end // size])[1::2])
-        end = 0
-        for number in members:
-            begin, nbytes = places[number]
-            if begin >= end:
-                piece, end = next(cut), begin + nbytes
             else:  # these two share bytes
-                piece = typed[begin // size : (begin + nbytes) // size]
-            pieces[number] = from_dlpack(to_dlpack(piece))
+                pieces[number] = typed[begin // size : (begin + nbytes) // size]
+        cut = typed.split_with_sizes([*lengths, len(typed) - end // size])[1::2]
+        for number, piece in zip(apart, cut, strict=True):
+            pieces[number] = piece
+        for number in members:
+            pieces[number] = from_dlpack(to_dlpack(pieces[number]))
     return pieces
+
+
+def _part(allocations: Sequence[tuple[int, torch.Tensor]], place: int, nbytes: int) -> torch.Tensor:
+    """Return bytes of the allocation that a place is in; each is given after the place at which it begins."""
+    begin, allocation = allocations[bisect.bisect_right(allocations, place, key=lambda each: each[0]) - 1]
+    return allocation[place - begin : place - begin + nbytes]
 
 
 # ---------------------------------------------------------------- page-locking the source itself

@@ -67,7 +67,7 @@ class Parts(NamedTuple):
     non-torch objects (numpy arrays) gave out of band, and `carried` the objects left out by `leave_out`.
     `composed` is the name of a class in it whose parts cannot become another dtype one by one, or empty.
     `constructs` says whether objects are rebuilt by calling their classes, which may look at tensors.
-    `recurrent` has the RNNs that torch brings into cuDNN's order: the numbers of their weights, and what they are.
+    `recurrent` has the RNNs that torch brings into cuDNN's order, each after the numbers of its weights.
     """
 
     skeleton: bytes
@@ -76,7 +76,7 @@ class Parts(NamedTuple):
     carried: list[Any]
     composed: str
     constructs: bool
-    recurrent: list[tuple[tuple[int, ...], tuple[Any, ...]]]
+    recurrent: list[tuple[tuple[int, ...], torch.nn.RNNBase]]
 
 
 # ---------------------------------------------------------------- taking apart
@@ -122,7 +122,7 @@ def take_apart(
                 pickler.carried,
                 pickler.composed,
                 pickler.constructs or bool(pickler.composed),
-                [found for module in recurrent if (found := pickler.recurrent(module)) is not None],
+                [(weights, module) for module in recurrent if (weights := pickler.recurrent(module))],
             )
 
 
@@ -180,15 +180,14 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
             return failure
         return None
 
-    def recurrent(self, module: torch.nn.RNNBase) -> tuple[tuple[int, ...], tuple[Any, ...]] | None:
-        """Return the numbers of an RNN's weights, and its `_device.Recurrent`; None if it is not as torch made it."""
+    def recurrent(self, module: torch.nn.RNNBase) -> tuple[int, ...]:
+        """Return the numbers of an RNN's weights; none if they are not as torch made them."""
         weights = module.__dict__.get("_flat_weights", ())
         numbers = [self._numbers.get(id(weight), -1) for weight in weights]
         left = all(0 <= n < len(self.tensors) and self.tensors[n] is w for n, w in zip(numbers, weights, strict=True))
         whole = 0 < len(set(numbers)) == len(numbers) == len(module.__dict__.get("_flat_weights_names", ()))
         torchs = getattr(module.flatten_parameters, "__func__", None) is torch.nn.RNNBase.flatten_parameters
-        settings = tuple(getattr(module, name, None) for name in _OF_RNN)
-        return (tuple(numbers), settings) if left and whole and torchs and None not in settings else None
+        return tuple(numbers) if left and whole and torchs else ()
 
     def persistent_id(self, obj: Any) -> Any:
         # Called for every object of the graph, strings and all: one lookup decides for nearly all of them.
@@ -324,9 +323,6 @@ class _Pickler(CloudPickler):  # type: ignore[misc]
         if not small:
             self.arrays.append(buffer)
         return small
-
-
-_OF_RNN = ("mode", "input_size", "hidden_size", "proj_size", "num_layers", "bias", "batch_first", "bidirectional")
 
 
 def _is_of_module(module: str, name: str, value: object) -> bool:

@@ -446,7 +446,6 @@ def arrange(
     known, reached = -1, 0  # the buffer that was met last, and how far
     first = end = start = 0  # a span that others may still join: place, place of its end, offset in the buffer
     shift, cast = 0, None
-    filled = 0
     for i, ((buffer, offset, nbytes), number) in enumerate(order):
         size, own_cast = as_copied(number, nbytes)
         joins = buffer == known and cast is own_cast is None
@@ -454,7 +453,7 @@ def arrange(
             # Elements of what overlaps stay aligned together, as in the store.
             overlapped = i + 1 < len(order) and order[i + 1][0][:2] < (buffer, offset + nbytes)
             alignment = DEVICE_ALIGNMENT if nbytes >= BUFFER_ALONE else ALIGNMENT
-            place = -(-filled // alignment) * alignment + (offset % 16 if overlapped else 0)
+            place = _aligned(end, alignment) + (offset % 16 if overlapped else 0)
             joins = joins and place - offset == shift
             shift, reached = place - offset, offset
         place = offset + shift
@@ -463,15 +462,12 @@ def arrange(
             if end > first:
                 spans.append(Span(first, end - first, known, start, cast))
             first, start, cast, known = place, offset, own_cast, buffer
-        end = place + size if not joins or place + size > end else end
-        if offset + nbytes > reached:
-            reached = offset + nbytes
-        if end > filled:
-            filled = end
+        end = max(end, place + size)
+        reached = max(reached, offset + nbytes)
     if end > first:
         spans.append(Span(first, end - first, known, start, cast))
 
-    begins, end = [], filled
+    nbytes_of_arena, begins = end, []
     for block in blocks:
         begins.append(_aligned(end, DEVICE_ALIGNMENT) + DEVICE_ALIGNMENT)
         end = begins[-1] + block.nbytes
@@ -480,7 +476,7 @@ def arrange(
             size, own_cast = as_copied(number, nbytes)
             places[number] = (begins[-1] + place, size)
             spans.append(Span(begins[-1] + place, size, buffer, offset, own_cast))
-    return Placement(filled, places, spans, begins)
+    return Placement(nbytes_of_arena, places, spans, begins)
 
 
 def host_pieces(

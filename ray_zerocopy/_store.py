@@ -106,8 +106,9 @@ class Loaded(NamedTuple):
 class Header(NamedTuple):
     """What a model's first object has beside buffers, pickled: how to make the model of them.
 
-    Of the fields, `composed` and `constructs` are those of `_graph.Parts`, and `recurrent` has those RNNs of it
-    whose weights may go anywhere: no other tensor shares bytes with one, nor an RNN before it.
+    Of the fields, `composed` and `constructs` are those of `_graph.Parts`. `recurrent` has those RNNs of it whose
+    weights may go anywhere (no other tensor shares bytes with one, nor an RNN before it): the numbers of the weights,
+    and a `_device.Recurrent`.
     """
 
     layout: _layout.Layout
@@ -158,8 +159,9 @@ def put(model: object, name: str | None = None) -> ModelRef:
     layout = packed.layout
     free = _layout.alone(layout) if parts.recurrent else set()
     recurrent = []
-    for weights, settings in parts.recurrent:
-        if free.issuperset(weights):
+    for weights, module in parts.recurrent:
+        settings = tuple(getattr(module, name, None) for name in _device.Recurrent._fields)
+        if free.issuperset(weights) and None not in settings:
             free.difference_update(weights)  # one that several RNNs have goes with the first of them
             recurrent.append((weights, settings))
     header = Header(layout, parts.skeleton, parts.composed, parts.constructs, recurrent).pickled()
