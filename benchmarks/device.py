@@ -38,7 +38,11 @@ import torch
 package = types.ModuleType("ray_zerocopy")  # its __init__ needs Ray; these modules don't
 package.__path__ = [str(Path(__file__).parent.parent / "ray_zerocopy")]
 sys.modules["ray_zerocopy"] = package
-from ray_zerocopy import _device, _layout  # noqa: E402
+from ray_zerocopy._device import cuda, destination, page_lock  # noqa: E402
+from ray_zerocopy._device.placement import place_storages  # noqa: E402
+from ray_zerocopy._device.ring import Ring  # noqa: E402
+from ray_zerocopy._device.upload import Source, Upload, _address, divide  # noqa: E402
+from ray_zerocopy._model import layout  # noqa: E402
 
 warnings.filterwarnings("ignore", message="The given buffer is not writable")
 
@@ -95,18 +99,18 @@ class Model:
             storages.append((0, low, high - low))
             flags = (True, False, False, False)
             views.append((number, shape[0] * 64, torch.bfloat16, 0, shape, (64, 1), *flags))
-        self.layout = _layout.Layout([self.nbytes], storages, views, [])
+        self.layout = layout.Layout([self.nbytes], storages, views, [])
 
     def views(self):
-        return _layout.unpack(self.layout, [(self.memory, self.begin)])
+        return layout.unpack(self.layout, [(self.memory, self.begin)])
 
     def upload(self, ring, from_file=True, locked=None):
-        placement = _layout.arrange(self.layout, {}, None)
+        placement = place_storages(self.layout, {}, None)
         file = (self.file, self.begin) if from_file else (None, 0)
-        sources = [_device.Source(self.memory, self.begin, *file)]
-        with _device.Upload(placement.spans, placement.nbytes, sources, ring, locked=locked) as upload:
-            pieces = _device.divide(upload.arena, placement.storages, _layout.kinds(self.layout, {}, None))
-            tensors = _layout.unpack(self.layout, [], pieces=pieces)
+        sources = [Source(self.memory, self.begin, *file)]
+        with Upload(placement.spans, placement.nbytes, sources, ring, locked=locked) as upload:
+            pieces = divide(upload.arena, placement.storages, layout.storage_dtypes(self.layout, {}, None))
+            tensors = layout.unpack(self.layout, [], pieces=pieces)
             upload.wait()
         return tensors
 
@@ -130,15 +134,15 @@ def way(name, model):
 
         return limit
     if name in (OURS, MAPPED):
-        return lambda: model.upload(_device.ring_of(device), name == OURS)
+        return lambda: model.upload(destination.ring_of(device), name == OURS)
     if name == LOCKED:
         kept = []
 
         def locked():
             if not kept:
-                begin = _device._address(_device.Source(model.memory, model.begin))
-                kept.append(_device.PageLock(device, [(begin, begin + model.nbytes)], model))
-            return model.upload(_device.ring_of(device), locked=kept[0])
+                begin = _address(Source(model.memory, model.begin))
+                kept.append(page_lock.PageLock(device, [(begin, begin + model.nbytes)], model))
+            return model.upload(destination.ring_of(device), locked=kept[0])
 
         return locked
     if name == PLAIN:
@@ -192,11 +196,11 @@ def measure(name, path):
 def sweep(path):
     """Return the seconds of a later load for each slot size, thread count and number of slots in flight."""
     model = Model(path)
-    engine = _device.Cuda(torch.device("cuda", 0))
-    model.upload(_device.Ring(engine))
+    engine = cuda.CudaEngine(torch.device("cuda", 0))
+    model.upload(Ring(engine))
     found = []
     for slot, threads, more in SWEPT:
-        ring = _device.Ring(engine, slot, threads, threads + more)
+        ring = Ring(engine, slot, threads, threads + more)
         timed(lambda ring=ring: model.upload(ring))
         seconds = statistics.median(timed(lambda ring=ring: model.upload(ring))[0] for _ in range(LATER))
         found.append([slot, threads, more, model.nbytes / seconds / 1e9])
@@ -230,7 +234,7 @@ class Nowhere:
 def fill(path, from_file, threads):
     """Return the seconds that filling slots with a model takes at first, and later; and one plain copy of it."""
     model = Model(path)
-    ring = _device.Ring(Nowhere(), threads=threads)
+    ring = Ring(Nowhere(), threads=threads)
     seconds = []
     for _ in range(1 + LATER):
         begin = time.perf_counter()

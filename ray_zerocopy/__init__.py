@@ -1,10 +1,10 @@
 """Zero-copy model loading for PyTorch in Ray: N workers on a node, one copy of the weights."""
 
-from ._collector import put_off_to_import
+from ._model.gc_pause import gc_paused_to_import
 
-with put_off_to_import("torch"):
+with gc_paused_to_import("torch"):
     from . import actor, invoke, memory
-    from ._store import ModelRef
+    from ._store.ref import ModelRef
     from .actor import (
         load_model_in_actor,
         load_pipeline_in_actor,

@@ -12,9 +12,13 @@ import numpy as np
 import ray
 import torch
 
-from . import _graph, _layout, _paths, _store
-from ._device import DeviceLike, resolve, use
-from ._store import Loaded, ModelRef
+from ._device.choose import DeviceLike, resolve_device, set_current_device
+from ._model import graph, paths
+from ._model.layout import Layout, unpack, unpack_arrays
+from ._model.packing import pack
+from ._store.get import get, plain_torch_state
+from ._store.put import CARRIED, put
+from ._store.ref import Loaded, LoadOptions, ModelRef, format_bytes
 
 __all__ = [
     "PipelineSkeleton",
@@ -52,7 +56,7 @@ def prepare_model_for_actors(model: object) -> ModelRef:
         >>> model_ref.nbytes
         1050624
     """
-    return _store.put(model)
+    return put(model)
 
 
 def load_model_in_actor(
@@ -135,11 +139,11 @@ class PipelineSkeleton:
     models: tuple[str, ...]
     _token: str
     _stream: bytes
-    _rest: tuple[_layout.Layout, list[bytes]] | None
+    _rest: tuple[Layout, list[bytes]] | None
 
     def __repr__(self) -> str:
         rest = sum(map(len, self._rest[1])) if self._rest else 0
-        size = _store.format_bytes(len(self._stream) + rest)
+        size = format_bytes(len(self._stream) + rest)
         gone = ", ".join(path or "itself" for path in self.models) or "its tensors"
         return f"PipelineSkeleton({self.class_name} without {gone}; {size})"
 
@@ -183,7 +187,7 @@ def rewrite_pipeline_for_actors(
     token = uuid.uuid4().hex
     rest = None
     if model_attr_names is None:
-        parts = _graph.take_apart(pipeline, leave_out=(*MODEL_TYPES, *_store.CARRIED))
+        parts = graph.take_apart(pipeline, leave_out=(*MODEL_TYPES, *CARRIED))
         shared = _Models(token, parts.carried, parts.tensors, [_as_array(array) for array in parts.arrays])
         kept = {id(model) for model in parts.carried}
         found = [(path, model) for path, model in found if id(model) in kept]  # a __getstate__ may drop some
@@ -193,14 +197,14 @@ def rewrite_pipeline_for_actors(
             )
     else:
         found = _named(pipeline, model_attr_names, found)
-        parts = _graph.take_apart(pipeline, _store.CARRIED, [model for _, model in found])
+        parts = graph.take_apart(pipeline, CARRIED, [model for _, model in found])
         shared = _Models(token, parts.carried, [], [])
-        packed = _layout.pack(parts.tensors, parts.arrays)
+        packed = pack(parts.tensors, parts.arrays)
         rest = (packed.layout, [bytes(buffer.memory()) for buffer in packed.buffers])  # copy: not to be shared
     try:
-        refs = _store.put(shared, name=f"models of {name}")
+        refs = put(shared, name=f"models of {name}")
     except TypeError:
-        _graph.take_apart(pipeline, leave_out=_store.CARRIED)  # fails likewise, and says where in the pipeline
+        graph.take_apart(pipeline, leave_out=CARRIED)  # fails likewise, and says where in the pipeline
         raise
     return PipelineSkeleton(name, tuple(path for path, _ in found), token, parts.skeleton, rest), refs
 
@@ -244,29 +248,27 @@ def load_pipeline_in_actor(
     if not isinstance(loaded.model, _Models) or loaded.model.token != skeleton._token:
         raise TypeError(f"{refs!r} is not the handle that came with {skeleton!r}: both come from one call.")
     _, models, tensors, arrays = loaded.model
-    with _store.quietly():
+    with plain_torch_state():
         if skeleton._rest:
             layout, blocks = skeleton._rest
             buffers = [(bytearray(block), 0) for block in blocks]  # copy: model_attr_names asked for it
-            tensors = _layout.unpack(layout, buffers, keep_flags=keep_flags)
-            arrays = _layout.unpack_arrays(layout, buffers)
-        pipeline, _ = _graph.put_together(skeleton._stream, tensors, arrays, models, keep_flags=keep_flags)
+            tensors = unpack(layout, buffers, keep_flags=keep_flags)
+            arrays = unpack_arrays(layout, buffers)
+        pipeline, _ = graph.put_together(skeleton._stream, tensors, arrays, models, keep_flags=keep_flags)
     set_device(pipeline, loaded.device)
     return pipeline
 
 
 def set_device(pipeline: object, device: torch.device) -> None:
     """Let a `device` attribute of a pipeline, as Hugging Face has it, follow its models."""
-    attributes = _paths.attributes_of(pipeline)
+    attributes = paths.attributes_of(pipeline)
     if isinstance(attributes.get("device"), torch.device):
         attributes["device"] = device
 
 
 def find_models(pipeline: object) -> list[tuple[str, Any]]:
     """Return the models in an object, each once, with the path that leads there; not the parts of a model."""
-    return [
-        (path, part) for path, part in _paths.walk(pipeline, stop_at=MODEL_TYPES) if isinstance(part, MODEL_TYPES)
-    ]
+    return [(path, part) for path, part in paths.walk(pipeline, stop_at=MODEL_TYPES) if isinstance(part, MODEL_TYPES)]
 
 
 def _named(pipeline: object, names: Iterable[str], found: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
@@ -278,7 +280,7 @@ def _named(pipeline: object, names: Iterable[str], found: list[tuple[str, Any]])
             raise TypeError(f"model_attr_names has {name!r}, which is not a name. {there}")
         path = name if name.startswith((".", "[")) else f".{name}"
         try:
-            part = _paths.follow(pipeline, path)
+            part = paths.follow(pipeline, path)
         except LookupError:
             raise ValueError(f"{type(pipeline).__name__} has no part '{name}'. {there}") from None
         if not isinstance(part, MODEL_TYPES):
@@ -304,14 +306,14 @@ def load(
     page_lock: bool = False,
 ) -> Loaded:
     """Load as `load_model_in_actor` does, and say how it went."""
-    chosen = resolve(device, _assigned_gpus())
-    use(chosen)
-    return _store.get(model_ref, _store.How(chosen, dtype, keep_flags, require_isolation, page_lock))
+    chosen = resolve_device(device, _assigned_gpus())
+    set_current_device(chosen)
+    return get(model_ref, LoadOptions(chosen, dtype, keep_flags, require_isolation, page_lock))
 
 
-def load_one(model_ref: ModelRef, device: DeviceLike, **how: Any) -> Loaded:
+def load_one(model_ref: ModelRef, device: DeviceLike, **options: Any) -> Loaded:
     """Load a model as `load` does; raise TypeError if the handle is of a pipeline."""
-    loaded = load(model_ref, device, **how)
+    loaded = load(model_ref, device, **options)
     check_one(loaded.model, model_ref)
     return loaded
 

@@ -45,28 +45,28 @@ import ctypes
 import math
 import numbers
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import torch
 
+from ._arrow.columns import (
+    DTYPES,
+    RAY_VARIABLE,
+    Column,
+    find_column,
+    is_extension,
+    is_list,
+    nulls_within,
+    ragged_error,
+    unequal_dimensions,
+)
+
 __all__ = ["column_chunks", "column_to_padded", "column_to_tensor", "tensor_to_column"]
 
-_DTYPES = {  # by id: Python's own types of extensions have no hash
-    pa.int8().id: torch.int8,
-    pa.int16().id: torch.int16,
-    pa.int32().id: torch.int32,
-    pa.int64().id: torch.int64,
-    pa.uint8().id: torch.uint8,
-    pa.uint16().id: torch.uint16,
-    pa.uint32().id: torch.uint32,
-    pa.uint64().id: torch.uint64,
-    pa.float16().id: torch.float16,
-    pa.float32().id: torch.float32,
-    pa.float64().id: torch.float64,
-}
+
 _AS_FLOAT32 = frozenset(
     getattr(torch, name)
     for name in (
@@ -79,28 +79,8 @@ _AS_FLOAT32 = frozenset(
     )
     if hasattr(torch, name)  # torch has gained them one by one
 )
-_TO_ARROW = frozenset(_DTYPES.values()) | _AS_FLOAT32 | {torch.bool}
-
-# By name, so that a batch without Ray's types does not cost the import of ray.data.
-_RAY_FIXED = frozenset({"ray.data.arrow_tensor", "ray.data.arrow_tensor_v2"})
-_RAY_VARIABLE = frozenset({"ray.data.arrow_variable_shaped_tensor"})
-_RAY_PICKLED = frozenset({"ray.data.arrow_pickled_object"})
-
-_NAMED = 20  # how many columns of a batch an error names
-
+_TO_ARROW = frozenset(DTYPES.values()) | _AS_FLOAT32 | {torch.bool}
 Int64s = npt.NDArray[np.int64]
-
-
-class _Column(NamedTuple):
-    """A column without nulls whose type has a tensor form; `kind` is its Arrow type, `chunks` at least one."""
-
-    name: str
-    kind: Any
-    chunks: list[Any]
-
-    @property
-    def label(self) -> str:
-        return f"column '{self.name}' ({self.kind})"
 
 
 # ---------------------------------------------------------------- columns to tensors
@@ -132,7 +112,7 @@ def column_to_tensor(batch: pa.Table, name: str) -> torch.Tensor:
         tensor([[3, 4],
                 [5, 6]])
     """
-    column = _column(batch, name)
+    column = find_column(batch, name)
     parts = [_rows(chunk, column) for chunk in column.chunks if len(chunk)]
     if not parts:
         return _rows(column.chunks[0], column)
@@ -140,7 +120,7 @@ def column_to_tensor(batch: pa.Table, name: str) -> torch.Tensor:
         return parts[0]
     shapes = {tuple(part.shape[1:]) for part in parts}
     if len(shapes) > 1:
-        raise ValueError(_ragged(column, f"the rows of its chunks have shapes {sorted(shapes)}", outermost=True))
+        raise ValueError(ragged_error(column, f"the rows of its chunks have shapes {sorted(shapes)}", outermost=True))
     return torch.cat(parts)  # copy: the chunks lie apart, and one tensor is one block
 
 
@@ -156,7 +136,7 @@ def column_chunks(batch: pa.Table, name: str) -> Iterator[torch.Tensor]:
         >>> [chunk.tolist() for chunk in column_chunks(batch, "x")]
         [[1, 2], [3]]
     """
-    column = _column(batch, name)
+    column = find_column(batch, name)
     return (_rows(chunk, column) for chunk in column.chunks)
 
 
@@ -193,8 +173,8 @@ def column_to_padded(batch: pa.Table, name: str, fill: float = 0) -> tuple[torch
         >>> lengths
         tensor([3, 1])
     """
-    column = _column(batch, name)
-    if not (_is_list(column.kind) or _is_extension(column.kind, _RAY_VARIABLE)):
+    column = find_column(batch, name)
+    if not (is_list(column.kind) or is_extension(column.kind, RAY_VARIABLE)):
         raise TypeError(
             f"{column.label} has rows of one shape, so there is nothing to pad. Use "
             f"column_to_tensor(batch, {name!r})."
@@ -203,9 +183,11 @@ def column_to_padded(batch: pa.Table, name: str, fill: float = 0) -> tuple[torch
     ragged = ragged or [_ragged_rows(column.chunks[0], column)]
     shapes = {tuple(values.shape[1:]) for values, _ in ragged}
     if len(shapes) > 1:
-        raise ValueError(_ragged(column, f"the items of its lists have shapes {sorted(shapes)}", outermost=False))
+        raise ValueError(
+            ragged_error(column, f"the items of its lists have shapes {sorted(shapes)}", outermost=False)
+        )
     if len({sizes.shape[1] for _, sizes in ragged}) > 1:
-        raise ValueError(_unequal_dimensions(column, (sizes.shape[1] for _, sizes in ragged)))
+        raise ValueError(unequal_dimensions(column, (sizes.shape[1] for _, sizes in ragged)))
     first, _ = ragged[0]
     _check_fill(fill, first.dtype, column)
 
@@ -232,7 +214,7 @@ def _place(padded: npt.NDArray[Any], values: npt.NDArray[Any], sizes: Int64s) ->
         begin = end
 
 
-def _check_fill(fill: float, dtype: torch.dtype, column: _Column) -> None:
+def _check_fill(fill: float, dtype: torch.dtype, column: Column) -> None:
     if not isinstance(fill, numbers.Real):
         raise TypeError(f"{column.label} cannot be filled with {fill!r}: fill is a number, such as 0.")
     if dtype.is_floating_point:
@@ -251,32 +233,34 @@ def _check_fill(fill: float, dtype: torch.dtype, column: _Column) -> None:
 # ---------------------------------------------------------------- one chunk
 
 
-def _rows(array: Any, column: _Column, outermost: bool = True) -> torch.Tensor:
-    """Return an Arrow array of a type that `_check_type` let pass as a tensor over its bytes."""
+def _rows(array: Any, column: Column, outermost: bool = True) -> torch.Tensor:
+    """Return an Arrow array of a type that `check_type` let pass as a tensor over its bytes."""
     kind = array.type
     count = len(array)
     if array.null_count:
-        raise ValueError(_nulls_within(column, array))
-    if kind.id in _DTYPES:
+        raise ValueError(nulls_within(column, array))
+    if kind.id in DTYPES:
         return _numbers(array)
     if pa.types.is_fixed_size_list(kind):
         # values is the whole array's, whatever the slice.
         items = array.values.slice(array.offset * kind.list_size, count * kind.list_size)
         values = _rows(items, column, outermost=False)
         return values.view(count, kind.list_size, *values.shape[1:])
-    if _is_list(kind):
+    if is_list(kind):
         offsets = _offsets(array)
         widths = np.diff(offsets)
         width = int(widths[0]) if count else 0
         if (widths != width).any():
-            raise ValueError(_ragged(column, f"its rows have {widths.min()} to {widths.max()} values", outermost))
+            raise ValueError(
+                ragged_error(column, f"its rows have {widths.min()} to {widths.max()} values", outermost)
+            )
         values = _rows(_items(array, offsets), column, outermost=False)
         return values.view(count, width, *values.shape[1:])
-    if _is_extension(kind, _RAY_VARIABLE):
+    if is_extension(kind, RAY_VARIABLE):
         sizes = _sizes(array, column)
         if (sizes != sizes[:1]).any():
             spans = " x ".join(f"{low}..{high}" for low, high in zip(sizes.min(0), sizes.max(0), strict=True))
-            raise ValueError(_ragged(column, f"its rows have shapes {spans}", outermost))
+            raise ValueError(ragged_error(column, f"its rows have shapes {spans}", outermost))
         shape = sizes[0].tolist() if count else [0] * kind.ndim
         # Through the items, since rows of shape (2, 0) and (3, 0) are lists of one length.
         data = array.storage.field("data")
@@ -289,11 +273,11 @@ def _rows(array: Any, column: _Column, outermost: bool = True) -> torch.Tensor:
     return values
 
 
-def _ragged_rows(array: Any, column: _Column) -> tuple[torch.Tensor, Int64s]:
+def _ragged_rows(array: Any, column: Column) -> tuple[torch.Tensor, Int64s]:
     """Return the items of all rows, one after the other, and each row's size in each ragged dimension."""
     if array.null_count:
-        raise ValueError(_nulls_within(column, array))
-    if _is_list(array.type):
+        raise ValueError(nulls_within(column, array))
+    if is_list(array.type):
         offsets = _offsets(array)
         return _rows(_items(array, offsets), column, outermost=False), np.diff(offsets)[:, None]
     data = array.storage.field("data")
@@ -306,7 +290,7 @@ def _numbers(array: Any) -> torch.Tensor:
     Not `torch.from_numpy` or `torch.frombuffer` of the array, which warn of read-only memory on each healthy
     batch; that warning is this module's Note [A batch is shared memory].
     """
-    dtype = _DTYPES[array.type.id]
+    dtype = DTYPES[array.type.id]
     if not len(array):
         return torch.empty(0, dtype=dtype)
     buffer = array.buffers()[1]
@@ -329,7 +313,7 @@ def _items(array: Any, offsets: Int64s) -> Any:
     return array.values.slice(int(offsets[0]), int(offsets[-1] - offsets[0]))
 
 
-def _sizes(array: Any, column: _Column) -> Int64s:
+def _sizes(array: Any, column: Column) -> Int64s:
     """Return the shapes of the rows of Ray's variable-shaped tensor column: (rows, dimensions)."""
     shapes = array.storage.field("shape")
     offsets = _offsets(shapes)
@@ -337,147 +321,9 @@ def _sizes(array: Any, column: _Column) -> Int64s:
     if not len(dimensions):
         return np.zeros((0, array.type.ndim), dtype=np.int64)
     if (dimensions != dimensions[0]).any():
-        raise ValueError(_unequal_dimensions(column, dimensions.tolist()))
+        raise ValueError(unequal_dimensions(column, dimensions.tolist()))
     # copy: a few numbers a row; the caller hands them on as lengths to write to
     return np.array(_items(shapes, offsets)).reshape(len(array), int(dimensions[0]))
-
-
-# ---------------------------------------------------------------- which columns there are, and what is wrong
-
-
-def _column(batch: Any, name: str) -> _Column:
-    if isinstance(batch, pa.RecordBatch):
-        batch = pa.Table.from_batches([batch])
-    if not isinstance(batch, pa.Table):
-        raise TypeError(
-            f"a column comes from a pyarrow.Table, not from a {type(batch).__module__}.{type(batch).__qualname__}. "
-            f"Let Ray Data give Arrow: ds.map_batches(..., batch_format='pyarrow')."
-        )
-    if not isinstance(name, str):
-        raise TypeError(f"a column is named by a str, not by a {type(name).__qualname__}. {columns_of(batch)}")
-    found = batch.schema.get_all_field_indices(name)
-    if len(found) != 1:
-        raise ValueError(
-            f"the batch has {len(found) or 'no'} column{'s' * (len(found) > 1)} '{name}'. {columns_of(batch)}"
-            + (" Rename them so that each has a name of its own." if found else "")
-        )
-    chunked = batch.column(found[0])
-    kind = chunked.type
-    metadata = batch.schema.field(found[0]).metadata or {}
-    if metadata.get(b"ARROW:extension:name", b"").decode() in _RAY_FIXED | _RAY_VARIABLE:
-        raise ValueError(
-            f"column '{name}' ({kind}) is Ray's tensor column, read before Ray had made its types known to Arrow, "
-            f"so its rows have lost their shape. Import ray.data before the batch is read."
-        )
-    _check_type(kind, name, kind)
-    if chunked.null_count:
-        fill = f" Fill them, pc.fill_null(batch[{name!r}], 0), or drop" if kind.id in _DTYPES else " Drop"
-        raise ValueError(
-            f"column '{name}' ({kind}) has {chunked.null_count} nulls in {len(chunked)} rows, and tensors have no "
-            f"nulls.{fill} those rows, batch.filter(pc.is_valid(batch[{name!r}])), where pc is pyarrow.compute."
-        )
-    return _Column(name, kind, chunked.chunks or [pa.nulls(0, kind)])
-
-
-def columns_of(batch: pa.Table) -> str:
-    """Say which columns a batch has, the first of many, for an error."""
-    names = batch.column_names
-    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return f"It has {', '.join(map(repr, names[:_NAMED])) or 'no columns'}{more}."
-
-
-def _is_list(kind: Any) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
-
-
-def _is_extension(kind: Any, names: frozenset[str]) -> bool:
-    return isinstance(kind, pa.BaseExtensionType) and kind.extension_name in names
-
-
-def _check_type(kind: Any, name: str, column_kind: Any) -> None:
-    """Raise TypeError with the remedy unless `kind`, the column's type or one inside it, has a tensor form."""
-    if kind.id in _DTYPES:
-        return
-    if _is_list(kind) or pa.types.is_fixed_size_list(kind):
-        return _check_type(kind.value_type, name, column_kind)
-    if isinstance(kind, pa.FixedShapeTensorType) or _is_extension(kind, _RAY_FIXED | _RAY_VARIABLE):
-        stored = kind.storage_type
-        rows = stored.field("data").type if pa.types.is_struct(stored) else stored
-        return _check_type(rows.value_type, name, column_kind)
-    raise TypeError(
-        f"column '{name}' ({column_kind}) {'has' if kind == column_kind else 'holds'} type {kind}, which has no "
-        f"tensor form. {_remedy(kind, name, column_kind)}"
-    )
-
-
-def _remedy(kind: Any, name: str, column_kind: Any) -> str:
-    types, column = pa.types, f"batch[{name!r}]"
-
-    def cast(to: str, why: str = "") -> str:
-        if kind == column_kind:
-            return f"{why}Cast it: {column}.cast(pa.{to}())."
-        return f"{why}Make the column with values of type {to}, or cast what is inside it."
-
-    if types.is_boolean(kind):
-        return cast("uint8", "Arrow packs bools, eight to a byte. ")
-    if types.is_decimal(kind):
-        return cast("float64")
-    if types.is_date32(kind) or types.is_time32(kind):
-        return cast("int32")
-    if types.is_temporal(kind) and not types.is_interval(kind):
-        return cast("int64")
-    if kind == column_kind:
-        if types.is_dictionary(kind):
-            decoded = f"{column}.cast({column}.type.value_type)"
-            return f"Decode it, {decoded}, or take the codes, chunk.indices, of each chunk."
-        if types.is_struct(kind):
-            return f"Take one of its fields: pyarrow.compute.struct_field({column}, ...)."
-        if "list_view" in str(kind):
-            # Not by Arrow's cast, which makes broken lists of it (pyarrow 26).
-            return f"Make lists of it: pa.array({column}.to_pylist(), pa.list_({column}.type.value_type))."
-        if types.is_map(kind):
-            return (
-                f"Make lists of its values: pa.array([[value for _, value in row] for row in {column}.to_pylist()])."
-            )
-    if types.is_null(kind):
-        return "It holds nothing but nulls: give it a type where it is made."
-    if "binary" in str(kind) and kind == column_kind:
-        return (
-            f"Decode what is encoded; rows of raw numbers, all of one length, are a tensor by "
-            f"torch.stack([torch.frombuffer(bytearray(row), dtype=torch.uint8) for row in {column}.to_pylist()])."
-        )
-    if "string" in str(kind) or "binary" in str(kind):
-        return f"Make numbers of it first: text, {column}.to_pylist(), goes through a tokenizer."
-    if _is_extension(kind, _RAY_PICKLED):
-        return (
-            "Ray Data pickled its objects, because the rows fitted no Arrow type. Make rows of one dtype and one "
-            "number of dimensions; where some are null, take batch_format='pyarrow', which knows nulls."
-        )
-    if kind == column_kind and isinstance(kind, pa.BaseExtensionType) and hasattr(kind, "storage_type"):
-        return f"Cast it to what stores it: {column}.cast({column}.type.storage_type)."
-    return f"Make numbers of it first, from {column}.to_pylist()."
-
-
-def _nulls_within(column: _Column, array: Any) -> str:
-    return (
-        f"{column.label} has {array.null_count} nulls within its rows, among {len(array)} entries of one chunk, and "
-        f"tensors have no nulls. Fill them where the column is made."
-    )
-
-
-def _ragged(column: _Column, fact: str, outermost: bool) -> str:
-    if outermost and (_is_list(column.kind) or _is_extension(column.kind, _RAY_VARIABLE)):
-        remedy = f"Use column_to_padded(batch, {column.name!r}), which returns a padded tensor and the lengths."
-    else:
-        remedy = "Pad the inner lists where the column is made."
-    return f"{column.label} is ragged: {fact}. {remedy}"
-
-
-def _unequal_dimensions(column: _Column, dimensions: Iterable[int]) -> str:
-    return (
-        f"{column.label} has rows of {' and '.join(map(str, sorted(set(dimensions))))} dimensions. Give them all the "
-        f"same number where the column is made."
-    )
 
 
 # ---------------------------------------------------------------- tensors to columns

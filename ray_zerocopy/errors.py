@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["ModelLostError", "ZeroCopyError", "ZeroCopyWarning"]
+import sys
+import warnings
+
+__all__ = ["ModelLostError", "ZeroCopyError", "ZeroCopyWarning", "warn"]
 
 
 class ZeroCopyError(RuntimeError):
@@ -15,3 +18,15 @@ class ModelLostError(ZeroCopyError):
 
 class ZeroCopyWarning(UserWarning):
     """Say, once per process and reason, that a model loaded with less than was promised."""
+
+
+def warn(message: str) -> None:
+    """Give a `ZeroCopyWarning` that points at the line of the user's code that called this package."""
+    package = __name__.partition(".")[0]
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in (
+        package,
+        "contextlib",
+    ):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, ZeroCopyWarning, stacklevel=level)

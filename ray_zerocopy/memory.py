@@ -14,8 +14,11 @@ import torch
 from ray.actor import ActorHandle
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from . import _graph, _mapping, _paths, actor
-from ._store import ModelRef, check_session, format_bytes, located
+from . import actor
+from ._model import paths, tensors
+from ._store import pages
+from ._store.host import object_locations
+from ._store.ref import ModelRef, check_session, format_bytes
 from .errors import ZeroCopyError
 
 __all__ = ["ModelMemory", "PoolMemory", "ProcessMemory", "location", "model_memory", "pool_memory"]
@@ -26,7 +29,7 @@ __all__ = ["ModelMemory", "PoolMemory", "ProcessMemory", "location", "model_memo
 _byte_bounds = getattr(np.lib, "array_utils", np).byte_bounds  # where numpy 2 and numpy 1 have it
 
 
-def location(tensor: torch.Tensor) -> _mapping.Location | None:
+def location(tensor: torch.Tensor) -> pages.Location | None:
     """Return where a host tensor's first byte lies on this node, or None if only this process has it.
 
     Two processes whose tensors are at the same location read the same memory. A page of a loaded model that has
@@ -42,7 +45,7 @@ def location(tensor: torch.Tensor) -> _mapping.Location | None:
         raise TypeError(f"location takes a tensor, not a {type(tensor).__module__}.{type(tensor).__qualname__}.")
     if tensor.device.type != "cpu" or tensor.numel() == 0:
         return None
-    return _mapping.locate(tensor.data_ptr())
+    return pages.locate(tensor.data_ptr())
 
 
 @dataclass(frozen=True)
@@ -79,14 +82,14 @@ def model_memory(model: object, *, largest: int = 10) -> ModelMemory:
     private: list[tuple[str, int]] = []
     ranges: list[tuple[int, int, str]] = []
     seen: set[int] = set()
-    for where, part in _paths.walk(model, path):
+    for where, part in paths.walk(model, path):
         if isinstance(part, torch.ScriptObject):
-            private.append((where, _graph.packed_bytes(part)))
+            private.append((where, tensors.packed_bytes(part)))
         elif isinstance(part, np.ndarray) and part.nbytes and part.dtype != object:
             low, high = _byte_bounds(part)
             ranges.append((int(low), int(high), where))
         elif isinstance(part, torch.Tensor):
-            for tensor in _graph.components(part):
+            for tensor in tensors.components(part):
                 storage = tensor.untyped_storage()
                 if storage.device.type == "cpu":
                     ranges.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes(), where))
@@ -107,10 +110,10 @@ def model_memory(model: object, *, largest: int = 10) -> ModelMemory:
 
 
 def _private_bytes(address: int, nbytes: int) -> int:
-    region = _mapping.region_at(address)
+    region = pages.region_at(address)
     if region is None or region.inode == 0:
         return nbytes
-    return 0 if region.shared else _mapping.written_bytes(address, nbytes)
+    return 0 if region.shared else pages.written_bytes(address, nbytes)
 
 
 # ---------------------------------------------------------------- of many processes
@@ -238,7 +241,8 @@ def _on_node(node: str) -> Any:
 def _measure_node(model_ref: ModelRef) -> list[_Measured]:
     """Measure every process of this node that has a private view of the model's objects."""
     wanted = [
-        (place.device, place.inode, place.offset, place.offset + nbytes) for place, nbytes in located(model_ref)
+        (place.device, place.inode, place.offset, place.offset + nbytes)
+        for place, nbytes in object_locations(model_ref)
     ]
     node = ray.get_runtime_context().get_node_id()
     found = []
@@ -246,7 +250,7 @@ def _measure_node(model_ref: ModelRef) -> list[_Measured]:
         if not entry.isdigit():
             continue
         try:
-            if any(_overlap(span, wanted) for span in _model_spans(_mapping.regions(entry))):
+            if any(_overlap(span, wanted) for span in _model_spans(pages.regions(entry))):
                 found.append(_measure(node, int(entry)))
         except OSError:  # not ours to look at, or gone meanwhile
             continue
@@ -261,7 +265,7 @@ def _overlap(span: _Span, others: list[_Span]) -> bool:
     return any(span[:2] == o[:2] and span[2] < o[3] and o[2] < span[3] for o in others)
 
 
-def _model_spans(regions: Iterable[_mapping.Region]) -> list[_Span]:
+def _model_spans(regions: Iterable[pages.Region]) -> list[_Span]:
     """Return the parts of the store that a process has mapped a second time, privately: its loaded models."""
     everything = list(regions)
     stores = {(r.device, r.inode) for r in everything if r.shared and "plasma" in os.path.basename(r.name)}
@@ -276,9 +280,9 @@ def _model_spans(regions: Iterable[_mapping.Region]) -> list[_Span]:
 
 def _measure(node: str, pid: int) -> _Measured:
     with open(f"/proc/{pid}/smaps", encoding="utf-8", errors="replace") as file:
-        regions: list[tuple[_mapping.Region, dict[str, int]]] = []
+        regions: list[tuple[pages.Region, dict[str, int]]] = []
         for line in file:
-            region = _mapping.parse_region(line)
+            region = pages.parse_region(line)
             if region is not None:
                 regions.append((region, {}))
             elif regions and line.endswith(" kB\n"):

@@ -10,9 +10,13 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-# Ray's workers have the driver's working directory on their path, and find by name what tests/ defines only so.
+# Workers import what a test module defines by the module's name, so every folder of tests must be on their path.
 os.environ["PYTHONPATH"] = os.pathsep.join(
-    [str(Path(__file__).parent), str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    [
+        *(str(path) for path in (Path(__file__).parent, *sorted(Path(__file__).parent.glob("*/")))),
+        str(Path(__file__).parents[1]),
+        os.environ.get("PYTHONPATH", ""),
+    ]
 )
 
 import pytest

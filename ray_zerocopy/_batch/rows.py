@@ -1,0 +1,120 @@
+"""What Ray Data gives and takes: batches of any format in, rows out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from ..arrow import tensor_to_column
+
+__all__ = ["described", "each_to_rows", "is_pandas", "joined", "to_arrow", "to_rows"]
+
+
+def to_arrow(batch: Any, name: str) -> pa.Table:
+    """Return a batch of any of Ray Data's formats as a table."""
+    if isinstance(batch, pa.Table):
+        return batch
+    if isinstance(batch, pa.RecordBatch):
+        return pa.Table.from_batches([batch])
+    from ray.data.block import BlockAccessor  # 0.7 s to import; here it is imported already
+
+    if isinstance(batch, Mapping):
+        try:
+            if texts := [key for key, value in batch.items() if isinstance(value, (str, bytes))]:
+                raise TypeError(f"{texts[0]!r} is one text, not a column")  # Arrow takes its letters for rows
+            return BlockAccessor.batch_to_arrow_block(dict(batch))
+        except Exception as error:  # Ray's own error for what Arrow refuses is none of Arrow's
+            raise TypeError(
+                f"{name} got a mapping that is no batch of columns ({error}). It is for ds.map_batches, which "
+                f"gives many rows at a time, not for ds.map or ds.flat_map."
+            ) from error
+    if is_pandas(batch):
+        return BlockAccessor.for_block(batch).to_arrow()
+    raise TypeError(
+        f"{name} got a batch of type {type(batch).__module__}.{type(batch).__qualname__}, which is none of Ray "
+        f"Data's formats. Use it in ds.map_batches, best with batch_format='pyarrow'."
+    )
+
+
+def is_pandas(value: Any) -> bool:
+    """Say whether `value` is a data frame, without importing pandas."""
+    return type(value).__name__ == "DataFrame" and type(value).__module__.split(".")[0] == "pandas"
+
+
+def each_to_rows(parts: Iterator[Any], stage: Callable[[], AbstractContextManager[None]], name: str) -> Iterator[Any]:
+    """Yield what a generator yields as rows, each step of it under inference mode and in a `stage`."""
+    while True:
+        with stage(), torch.inference_mode():
+            try:
+                part = next(parts)
+            except StopIteration:
+                return
+            rows = to_rows(part, name)
+        yield rows
+
+
+def joined(results: list[Any]) -> Any:
+    """Return the rows of several parts of a batch as one, or the parts if their columns differ in type."""
+    if all(is_pandas(rows) for rows in results):
+        import pandas
+
+        return pandas.concat(results, ignore_index=True)
+    tables = [pa.Table.from_pandas(rows) if is_pandas(rows) else rows for rows in results]
+    try:
+        table = pa.concat_tables(tables, promote_options="default")  # a part may lack a column: nulls
+        names = max(tables, key=lambda part: part.num_columns).column_names
+        return table.select(names) if len(names) == table.num_columns else table
+    except (pa.ArrowInvalid, pa.ArrowTypeError):
+        return (rows for rows in results)  # a part may be padded less than the next: for Ray Data to join
+
+
+def to_rows(rows: Any, name: str) -> Any:
+    """Return what Ray Data accepts, or say what is wrong with what `postprocess` returned."""
+    if isinstance(rows, pa.Table) or is_pandas(rows):
+        return rows
+    if isinstance(rows, pa.RecordBatch):
+        return pa.Table.from_batches([rows])
+    if not isinstance(rows, Mapping):
+        raise TypeError(
+            f"{name}.postprocess returned {described(rows)}. Return a pyarrow.Table, or a mapping from column "
+            f"name to array or tensor, such as {{'prediction': outputs}}."
+        )
+    columns: dict[str, Any] = {}
+    for key, value in rows.items():
+        if str(key) in columns:
+            raise ValueError(f"{name}.postprocess returned two columns named '{key}'. Give each a name of its own.")
+        columns[str(key)] = _to_column(value, f"{name}.postprocess returned {described(value)} as column '{key}'")
+    if len({len(column) for column in columns.values()}) > 1:
+        lengths = ", ".join(f"{key} has {len(column)}" for key, column in columns.items())
+        raise ValueError(
+            f"{name}.postprocess returned columns of unequal length: {lengths}. Every column needs one entry a row."
+        )
+    return pa.table(columns)
+
+
+def _to_column(values: Any, what: str) -> Any:
+    if isinstance(values, (pa.Array, pa.ChunkedArray)):
+        return values
+    if isinstance(values, torch.Tensor) and values.ndim > 0:
+        return tensor_to_column(values)
+    if isinstance(values, list) and values and all(isinstance(value, torch.Tensor) for value in values):
+        return tensor_to_column(values) if values[0].ndim else tensor_to_column(torch.stack(values))
+    sequence = isinstance(values, (list, tuple, range)) or type(values).__name__ in ("Series", "Index")
+    if not (sequence or (isinstance(values, np.ndarray) and values.ndim > 0)):
+        raise TypeError(f"{what}. A column is an array, a tensor or a list with one entry a row.")
+    from ray.data.block import BlockAccessor
+
+    column = list(values) if sequence else np.asarray(values)
+    return BlockAccessor.batch_to_arrow_block({"column": column}).column(0)
+
+
+def described(value: Any) -> str:
+    """Say what a value is, for an error."""
+    nested = isinstance(value, torch.Tensor) and value.is_nested  # torch raises where one of these is asked
+    shape = f" of shape {tuple(value.shape)}" if not nested and hasattr(value, "shape") else ""
+    return f"a {type(value).__module__}.{type(value).__qualname__}{shape}" if value is not None else "None"

@@ -1,0 +1,1 @@
+"""Host memory -> a device. Knows torch, no Ray and no store."""

@@ -1,0 +1,1 @@
+"""TorchScript: take apart, read, rebuild. Knows torch, no Ray."""

@@ -1,0 +1,163 @@
+"""Archives without weights, and tensors -> a TorchScript module or function.
+
+See Note [TorchScript without weights] in `archive.py`.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+import types
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.jit import ScriptModule
+from torch.jit._script import OrderedModuleDict, RecursiveScriptModule
+
+from . import parts
+from .archive import Script
+from .construction import exchange_tensors, record_construction
+from .signature import function_of
+
+__all__ = ["MOST_COMPILED", "SMALL_CONSTANTS", "part_at", "rebuild_script"]
+
+
+Tensor = torch.Tensor
+# Prepared models whose compiled code a process keeps, a few MB each, for the next load.
+MOST_COMPILED = 8
+# Graph constants of up to so many bytes are copied where the code is compiled: kept code must not keep a
+# model's pages.
+SMALL_CONSTANTS = 64 * 1024
+
+
+def rebuild_script(
+    script: Script, tensors: list[Tensor], python_state: dict[str, dict[str, Any]], keep_flags: object = False
+) -> Any:
+    """Make the module or function from its code around the storages of `tensors`, without copying them."""
+    device = next((t.device for t in tensors if t.device.type != "cpu"), None)
+    number = 1 if script.flagged and keep_flags is True else 0
+    key = (script.key, device, number)
+    with _compiling:
+        compiled = _compiled.get(key)
+        if compiled is not None and compiled.again is not None:
+            cpp = compiled.again(tensors)
+        else:
+            fresh = compiled is None
+            if compiled is None:
+                compiled = _Compiled(torch._C.CompilationUnit())
+            cpp = read_module(compiled.unit, script, tensors, device, number, fresh)
+            if script.plain and (script.mixed or not fresh):
+                compiled.again = record_construction(cpp, tensors)
+            if script.mixed and compiled.again is not None:
+                cpp = compiled.again(tensors)
+            elif script.plain:
+                exchange_tensors(cpp, tensors)
+            if script.cache != "none":
+                _compiled[key] = compiled
+        if script.cache == "strong":
+            _keep(key, compiled)
+    if script.function is not None:
+        return function_of(cpp, script.function)
+    if compiled.concrete is None:
+        compiled.concrete = torch._C.ConcreteModuleType.from_jit_type(cpp._type())
+    module = wrap_module(cpp, compiled.concrete)
+    # The compiled code of graphs with shared constants is kept for as long as a module made with it lives.
+    module.__dict__["_compiled"] = compiled
+    for path, state in python_state.items():
+        part = part_at(module, path)
+        for name, value in state.items():
+            if isinstance(value, parts.OwnMethod):
+                part.__dict__[name] = types.MethodType(value.function, part)
+            else:
+                part.__dict__[name] = value
+    return module
+
+
+def part_at(whole: ScriptModule, path: str) -> Any:
+    for name in path.split(".") if path else ():
+        whole = whole._modules[name]  # type: ignore[assignment]
+    return whole
+
+
+class _Compiled:
+    """What a process keeps of a prepared module: its classes, and how to make another one of tensors."""
+
+    def __init__(self, unit: Any) -> None:
+        self.unit = unit
+        self.concrete: Any = None
+        self.again: Callable[[list[Tensor]], Any] | None = None
+
+
+_Key = tuple[bytes, torch.device | None, int]
+_compiling = threading.Lock()
+_compiled: weakref.WeakValueDictionary[_Key, _Compiled] = weakref.WeakValueDictionary()
+_kept: OrderedDict[_Key, _Compiled] = OrderedDict()
+
+
+def read_module(unit: Any, script: Script, tensors: list[Tensor], device: Any, number: int, fresh: bool) -> Any:
+    """Read the module's objects, and its code if the unit is a fresh one, from the archives."""
+    storages = torch._C.DeserializationStorageContext()
+    places: dict[int, torch.UntypedStorage] = {}
+    for place, index in enumerate(script.storages):
+        tensor = tensors[index]
+        if device is not None:
+            # The reader takes only host storages. These are never touched, and exchanged below; but classes make
+            # something of the last ones while they are read.
+            host = tensor.cpu() if place >= script.made else torch.empty_like(tensor, device="cpu")
+            places[host.untyped_storage()._cdata] = tensor.untyped_storage()
+            tensor = host
+        elif script.cache == "strong" and script.baked <= place < script.made:
+            tensor = tensor.clone()  # copy: a few KB of graph constants, see SMALL_CONSTANTS
+        storages.add_storage(f"{place}.storage", tensor)
+    reader = torch._C.PyTorchFileReader(io.BytesIO(script.code if fresh else script.objects))
+    root: Any = torch._C._import_ir_module_from_package(unit, reader, storages, torch.device("cpu"), str(number))
+    cpp = root.getattr("held")
+    if places:
+        _move_to_device(cpp, places, fresh)
+    return cpp
+
+
+def _move_to_device(cpp: Any, places: dict[int, torch.UntypedStorage], constants: bool) -> None:
+    """Give each tensor of a module, and each constant, the storage on the device for the one it has on the host."""
+    done = set()
+    for tensor in (*parts.tensors_of(cpp), *(parts.constants(cpp) if constants else ())):
+        place = places.get(tensor.untyped_storage()._cdata) if torch._C._has_storage(tensor) else None
+        if place is None or tensor._cdata in done:
+            continue
+        done.add(tensor._cdata)
+        there = torch.empty(0, dtype=tensor.dtype, device=place.device)
+        tensor.data = there.set_(place, tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
+def _keep(key: _Key, compiled: _Compiled) -> None:
+    _kept[key] = compiled
+    _kept.move_to_end(key)
+    while len(_kept) > MOST_COMPILED:
+        _kept.popitem(last=False)
+
+
+class _LazyModules(OrderedModuleDict):
+    """A module's children, wrapped for Python when first looked at: calling the module needs none of them."""
+
+    def __init__(self, cpp: Any) -> None:
+        self._c = torch._C.ModuleDict(cpp)
+
+    def __getattr__(self, name: str) -> Any:
+        if name != "_python_modules":
+            raise AttributeError(name)
+        self._python_modules = {child: wrap_module(cpp) for child, cpp in self._c.items()}
+        return self._python_modules
+
+
+def wrap_module(cpp: Any, concrete: Any = None) -> RecursiveScriptModule:
+    def initialize(module: Any) -> None:
+        module._concrete_type = concrete or torch._C.ConcreteModuleType.from_jit_type(cpp._type())
+        module._forward_pre_hooks.update(enumerate(cpp._get_forward_pre_hooks()))
+        module._forward_hooks.update(enumerate(cpp._get_forward_hooks()))
+
+    module: RecursiveScriptModule = RecursiveScriptModule._construct(cpp, initialize)  # type: ignore[no-untyped-call]
+    module.__dict__["_modules"] = _LazyModules(cpp)
+    return module

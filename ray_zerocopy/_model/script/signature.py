@@ -1,0 +1,68 @@
+"""The signature of a TorchScript function: names, types and defaults, which its graph does not have."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.jit import ScriptFunction
+
+from .archive import Signature
+
+__all__ = ["function_of", "signature_of"]
+
+
+def signature_of(function: ScriptFunction[Any, Any], cpp: Any) -> Signature:
+    """Return the signature of a function, of which `cpp` is a module with that function as its forward."""
+    schema: Any = function.schema
+    given = []
+    names = [argument.name for argument in schema.arguments]
+    inner = "inner"
+    while inner in (function.name, *names):
+        inner += "_"
+    for argument in schema.arguments:
+        if argument.kwarg_only and "*" not in given:
+            given.append("*")
+        default = f" = {_written(argument.default_value)}" if argument.has_default_value() else ""
+        given.append(f"{argument.name}: {argument.type.annotation_str}{default}")
+    source = f"def {function.name}({', '.join(given)}):\n    return {inner}({', '.join(names)})\n"
+    signature = Signature(str(function.name), inner, source)
+    try:
+        function_of(cpp, signature)
+    except RuntimeError as error:
+        if any(argument.has_default_value() for argument in schema.arguments):
+            raise ValueError(
+                f"TorchScript does not read back the signature {schema}, so its defaults would be lost: "
+                f"share a function without defaults, or a scripted module"
+            ) from error
+        return signature._replace(source=None)
+    return signature
+
+
+def _written(value: object) -> str:
+    """Return a default as TorchScript reads it."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"float('{value}')"
+    if isinstance(value, torch.device):
+        return f"torch.device('{value}')"
+    if isinstance(value, tuple):
+        return f"({''.join(_written(held) + ', ' for held in value)})"
+    return repr(value)
+
+
+def function_of(cpp: Any, signature: Signature) -> Any:
+    graph = cpp._get_method("forward").inlined_graph.copy()
+    graph.eraseInput(0)  # the module, which a function does not use
+    return _define(signature, torch._C._create_function_from_graph(signature.name, graph))
+
+
+def _define(signature: Signature, inner: Any) -> Any:
+    """Return a function with the signature that does as `inner`, whose graph has lost defaults and names."""
+    if signature.source is None:
+        return inner
+    unit: Any = torch._C.CompilationUnit()
+    unit.define(signature.source, {signature.inner: inner, "torch": torch}.get)
+    function = unit.find_function(signature.name)
+    torch._C._jit_pass_inline(function.graph)
+    return function
