@@ -1,13 +1,13 @@
-"""How fast a model gets from shared memory to a GPU, beside the machine's own limit and other ways.
+"""Measure how fast a model is copied from shared memory to a GPU, beside the machine's limit and other ways.
 
     python benchmarks/device.py                # on a machine with a CUDA device: at most seven minutes
-    python benchmarks/device.py --sizes 0.4 4  # GB; fewer sizes
-    python benchmarks/device.py --host         # only how fast slots are filled; all there is without a GPU
+    python benchmarks/device.py --sizes 0.4 4  # sizes in GB, to measure fewer
+    python benchmarks/device.py --host         # only how fast slots are filled; the default without a GPU
 
-Needs torch and numpy, and safetensors for its row; not Ray: a file in /dev/shm, mapped shared and read-only, stands
-for the store's pages. Every figure is from a process of its own, in which CUDA was started before the clock. "first"
-is the first load of that process, with page-locking and first touch; "later" is the median of the loads after it.
-What was loaded is compared with the file, after the clock was stopped.
+Needs torch and numpy, and safetensors for the row of that name, but not Ray. A file in /dev/shm, mapped shared and
+read-only, takes the place of the store's pages. Each figure is from a separate process, which starts CUDA before the
+clock. "first" is the first load of that process, including page-locking and first touch. "later" is the median of the
+loads after it. After the clock stops, the loaded tensors are compared with the file.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-package = types.ModuleType("ray_zerocopy")  # its __init__ needs Ray; these modules don't
+package = types.ModuleType("ray_zerocopy")  # the package's __init__ needs Ray, but the modules below do not
 package.__path__ = [str(Path(__file__).parent.parent / "ray_zerocopy")]
 sys.modules["ray_zerocopy"] = package
-from ray_zerocopy._device import cuda, destination, page_lock  # noqa: E402
+from ray_zerocopy._device import cuda, page_lock  # noqa: E402
 from ray_zerocopy._device.placement import place_storages  # noqa: E402
-from ray_zerocopy._device.ring import Ring  # noqa: E402
+from ray_zerocopy._device.ring import Ring, ring_of  # noqa: E402
 from ray_zerocopy._device.upload import Source, Upload, _address, divide  # noqa: E402
 from ray_zerocopy._model import layout  # noqa: E402
 
@@ -49,7 +49,9 @@ warnings.filterwarnings("ignore", message="The given buffer is not writable")
 LIMIT, OURS, MAPPED, LOCKED = "page-locked copy", "ray_zerocopy", "  read by mapping", "  page_lock=True"
 PLAIN, SAFETENSORS = 'model.to("cuda")', "safetensors"
 WAYS = (LIMIT, OURS, MAPPED, LOCKED, PLAIN, SAFETENSORS)
-SWEPT = [(slot << 20, threads, more) for slot in (1, 2, 4, 8) for threads in (2, 4, 8, 12, 16) for more in (2, 8)]
+SLOT_SETTINGS = [
+    (slot << 20, threads, more) for slot in (1, 2, 4, 8) for threads in (2, 4, 8, 12, 16) for more in (2, 8)
+]
 LATER = 3
 
 
@@ -57,7 +59,7 @@ LATER = 3
 
 
 def write_model(path, nbytes, many):
-    """Write bfloat16 tensors of `nbytes` in all, in safetensors' format: 8 of them, or one a MB, small ones too."""
+    """Write bfloat16 tensors of `nbytes` in total as safetensors: 8, or with `many` about one per MB, some small."""
     generator = random.Random(0)
     sizes = []
     while (left := nbytes - sum(sizes)) >= 128:
@@ -69,7 +71,7 @@ def write_model(path, nbytes, many):
         at += size
     text = json.dumps(header).encode()
     text += b" " * (-(8 + len(text)) % 4096)
-    # No NaN of its own, so that comparing is simple; never the same block twice.
+    # Without NaN, so that tensors can be compared, and without repeated blocks.
     noise = np.random.default_rng(0).integers(0, 1 << 14, 16 << 20, dtype=np.uint16)
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -81,7 +83,7 @@ def write_model(path, nbytes, many):
 
 
 class Model:
-    """A model in a file: its mapping, its layout as the store would have it, and its tensors as views."""
+    """A model in a file: the mapping, the layout that the store would have, and the tensors as views."""
 
     def __init__(self, path):
         self.path = path
@@ -118,8 +120,8 @@ class Model:
 # ---------------------------------------------------------------- in a process of its own
 
 
-def way(name, model):
-    """Return a function that loads the model once."""
+def make_loader(name, model):
+    """Return a function that loads the model once, in the named way."""
     device = torch.device("cuda", 0)
     if name == LIMIT:
         source = torch.empty(model.nbytes, dtype=torch.uint8, pin_memory=True)
@@ -128,13 +130,13 @@ def way(name, model):
             part.copy_(torch.frombuffer(model.memory, dtype=torch.uint8, count=len(part), offset=model.begin + at))
 
         def limit():
-            there = torch.empty(model.nbytes, dtype=torch.uint8, device=device)
-            there.copy_(source, non_blocking=True)
-            return [there]
+            target = torch.empty(model.nbytes, dtype=torch.uint8, device=device)
+            target.copy_(source, non_blocking=True)
+            return [target]
 
         return limit
     if name in (OURS, MAPPED):
-        return lambda: model.upload(destination.ring_of(device), name == OURS)
+        return lambda: model.upload(ring_of(device), name == OURS)
     if name == LOCKED:
         kept = []
 
@@ -142,7 +144,7 @@ def way(name, model):
             if not kept:
                 begin = _address(Source(model.memory, model.begin))
                 kept.append(page_lock.PageLock(device, [(begin, begin + model.nbytes)], model))
-            return model.upload(destination.ring_of(device), locked=kept[0])
+            return model.upload(ring_of(device), locked=kept[0])
 
         return locked
     if name == PLAIN:
@@ -156,7 +158,7 @@ def way(name, model):
     return load
 
 
-def timed(load):
+def time_load(load):
     torch.cuda.synchronize()
     begin = time.perf_counter()
     tensors = load()
@@ -168,47 +170,47 @@ def check(tensors, model):
     """Compare some tensors with the file, bit for bit."""
     views = model.views()
     if len(tensors) != len(views):
-        raise SystemExit(f"{len(tensors)} tensors were loaded of {len(views)}")
+        raise SystemExit(f"{len(tensors)} tensors were loaded, but the file has {len(views)}.")
     for number in random.Random(1).sample(range(len(views)), min(50, len(views))):
         have, want = (t.detach().cpu().view(torch.uint8) for t in (tensors[number], views[number]))
         if not torch.equal(have, want):
-            raise SystemExit(f"tensor {number} is not what the file has")
+            raise SystemExit(f"Tensor {number} differs from the file.")
 
 
 def measure(name, path):
     model = Model(path)
     torch.zeros(1, device="cuda")
-    load = way(name, model)
-    first, tensors = timed(load)
+    load = make_loader(name, model)
+    first, tensors = time_load(load)
     if name == LIMIT:
         expected = torch.frombuffer(model.memory, dtype=torch.uint8, count=1 << 20, offset=model.begin)
         if not torch.equal(tensors[0][: 1 << 20].cpu(), expected):
-            raise SystemExit("the copy is not what the file has")
+            raise SystemExit("The copy differs from the file.")
     else:
         check(tensors, model)
     peak = torch.cuda.max_memory_allocated() / model.nbytes
     tensors.clear()
     gc.collect()
-    later = statistics.median(timed(load)[0] for _ in range(LATER))
+    later = statistics.median(time_load(load)[0] for _ in range(LATER))
     return {"first": first, "later": later, "nbytes": model.nbytes, "peak": peak}
 
 
 def sweep(path):
-    """Return the seconds of a later load for each slot size, thread count and number of slots in flight."""
+    """Return the GB/s of a later load for each slot size, thread count and number of slots in flight."""
     model = Model(path)
     engine = cuda.CudaEngine(torch.device("cuda", 0))
     model.upload(Ring(engine))
     found = []
-    for slot, threads, more in SWEPT:
+    for slot, threads, more in SLOT_SETTINGS:
         ring = Ring(engine, slot, threads, threads + more)
-        timed(lambda ring=ring: model.upload(ring))
-        seconds = statistics.median(timed(lambda ring=ring: model.upload(ring))[0] for _ in range(LATER))
+        time_load(lambda ring=ring: model.upload(ring))
+        seconds = statistics.median(time_load(lambda ring=ring: model.upload(ring))[0] for _ in range(LATER))
         found.append([slot, threads, more, model.nbytes / seconds / 1e9])
     return found
 
 
-class Nowhere:
-    """A device that takes no time: what is left of an upload is filling the slots."""
+class InstantDevice:
+    """A device whose copies take no time, so that an upload only fills the slots."""
 
     cpus = frozenset(range(os.cpu_count() or 1))
 
@@ -224,17 +226,17 @@ class Nowhere:
     def copy(self, to, source):
         return None
 
-    def has_come(self, event):
+    def is_done(self, event):
         return True
 
     def wait(self, event):
         pass
 
 
-def fill(path, from_file, threads):
-    """Return the seconds that filling slots with a model takes at first, and later; and one plain copy of it."""
+def measure_fill(path, from_file, threads):
+    """Return the seconds of the first and of later fills of slots with a model, and of one plain copy."""
     model = Model(path)
-    ring = Ring(Nowhere(), threads=threads)
+    ring = Ring(InstantDevice(), threads=threads)
     seconds = []
     for _ in range(1 + LATER):
         begin = time.perf_counter()
@@ -254,7 +256,7 @@ def fill(path, from_file, threads):
 # ---------------------------------------------------------------- the tables
 
 
-def child(*arguments):
+def run_child(*arguments):
     done = subprocess.run([sys.executable, __file__, "--child", *map(str, arguments)], capture_output=True, text=True)
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1][:120]}
@@ -275,12 +277,12 @@ def print_machine():
             print("GPU:", subprocess.run([*query, "--format=csv"], capture_output=True, text=True).stdout.strip())
 
 
-def host_part(path, size):
-    print(f"\nOnly filling slots, {size:g} GB, GB/s: nothing goes to a device. One plain copy, warm, is 1.00x.")
-    print(f"{'':26}{'first':>8}{'later':>8}{'of a copy, first':>18}{'later':>8}")
+def print_host_table(path, size):
+    print(f"\nOnly filling slots, {size:g} GB, GB/s, without a device. One plain, warm copy is 1.00x.")
+    print(f"{'':26}{'first':>8}{'later':>8}{'vs a copy, first':>18}{'later':>8}")
     for from_file in (True, False):
         for threads in sorted({1, 2, min(12, len(os.sched_getaffinity(0)))}):
-            found = child("fill", path, int(from_file), threads)
+            found = run_child("fill", path, int(from_file), threads)
             label = f"{'file' if from_file else 'mapping'}, {threads} thread{'s'[: threads != 1]}"
             if "error" in found:
                 print(f"{label:26}{found['error']}")
@@ -290,11 +292,13 @@ def host_part(path, size):
             print(f"{label:26}{rates[0]:8.2f}{rates[1]:8.2f}{shares[0]:17.2f}x{shares[1]:7.2f}x", flush=True)
 
 
-def device_part(path, size, many):
+def print_device_table(path, size, many):
     print(f"\n{size:g} GB in {'many' if many else 'few'} tensors ({len(Model(path).layout.views)}), GB/s")
-    heads = ("first", "later", "of limit, first", "later", "x plain, first", "later", "peak bytes")
-    print(" " * 20 + "".join(head.rjust(width) for head, width in zip(heads, (8, 8, 17, 8, 16, 8, 12), strict=True)))
-    rows = {name: child("measure", name, path) for name in WAYS}
+    headings = ("first", "later", "vs limit, first", "later", "vs plain, first", "later", "peak bytes")
+    print(
+        " " * 20 + "".join(head.rjust(width) for head, width in zip(headings, (8, 8, 17, 8, 16, 8, 12), strict=True))
+    )
+    rows = {name: run_child("measure", name, path) for name in WAYS}
     limit, plain = rows[LIMIT], rows[PLAIN]
     for name, row in rows.items():
         if "error" in row:
@@ -310,9 +314,9 @@ def device_part(path, size, many):
 
 def main(options):
     print_machine()
-    there = torch.cuda.is_available() and not options.host
-    if not there:
-        print("\nNo CUDA device is used: nothing of the way to a GPU is measured here, only filling the slots.")
+    has_device = torch.cuda.is_available() and not options.host
+    if not has_device:
+        print("\nNo CUDA device is used. Only the filling of slots is measured, not the copies to a GPU.")
     deadline = time.monotonic() + options.minutes * 60
     free = shutil.disk_usage("/dev/shm").free
     skipped = []
@@ -327,21 +331,23 @@ def main(options):
                     skipped.append(f"{size:g} GB in {'many' if many else 'few'} tensors: no time left")
                     continue
                 write_model(path, int(size * 1e9), many)
-                if there:
-                    device_part(path, size, many)
+                if has_device:
+                    print_device_table(path, size, many)
                     if many and size == 4:
-                        print("\nSlots: GB/s of a later load, by MiB a slot, threads, slots beyond one a thread")
-                        found = child("sweep", path)
+                        print(
+                            "\nSlots: GB/s of a later load, by MiB per slot, threads, and slots beyond one per thread"
+                        )
+                        found = run_child("sweep", path)
                         if "error" in found:
                             print(found["error"])
                         else:
                             best = sorted(found["swept"], key=lambda row: -row[3])
                             for slot, threads, more, rate in best[:8] + best[-3:]:
                                 print(f"{slot >> 20:4} MiB {threads:4} threads {more:4} more {rate:8.2f}", flush=True)
-                if not many and (not there or size == options.sizes[0]):
-                    host_part(path, size)
-    print("\nNot measured: Ray's own object store as the source (a file in /dev/shm stands for it), several GPUs,")
-    print("several loads at once, a NUMA node other than the GPU's, other accelerators.")
+                if not many and (not has_device or size == options.sizes[0]):
+                    print_host_table(path, size)
+    print("\nNot measured: Ray's object store as the source (a file in /dev/shm takes its place), several GPUs,")
+    print("several loads at the same time, a NUMA node other than the GPU's, other accelerators.")
     for line in skipped:
         print(f"Not measured: {line}.")
 
@@ -354,11 +360,15 @@ if __name__ == "__main__":
         elif what == "sweep":
             answer = {"swept": sweep(*rest)}
         else:
-            answer = fill(rest[0], rest[1] == "1", int(rest[2]))
+            answer = measure_fill(rest[0], rest[1] == "1", int(rest[2]))
         print(json.dumps(answer))
     else:
         parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-        parser.add_argument("--sizes", type=float, nargs="+", default=[4, 0.4, 16], help="GB, in this order")
-        parser.add_argument("--minutes", type=float, default=6, help="begin no further table after so many")
-        parser.add_argument("--host", action="store_true", help="only fill slots, without a device")
+        parser.add_argument(
+            "--sizes", type=float, nargs="+", default=[4, 0.4, 16], help="GB, in this order (default 4 0.4 16)"
+        )
+        parser.add_argument(
+            "--minutes", type=float, default=6, help="start no new table after this many minutes (default 6)"
+        )
+        parser.add_argument("--host", action="store_true", help="only fill slots, even if there is a device")
         main(parser.parse_args())

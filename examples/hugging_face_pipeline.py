@@ -1,11 +1,11 @@
-"""Share a Hugging Face `pipeline()`, tokenizer and all, with the actors of a Ray Data job.
+"""Share a Hugging Face `pipeline()`, including its tokenizer, with the actors of a Ray Data job.
 
     python3 -m venv .venv && .venv/bin/pip install -e ".[demo]"
     .venv/bin/python examples/hugging_face_pipeline.py
-    .venv/bin/python examples/hugging_face_pipeline.py --limit 20     # the first 20 sentences only
+    .venv/bin/python examples/hugging_face_pipeline.py --limit 20     # only the first 20 sentences
 
 `pipeline("feature-extraction")` with the published all-MiniLM-L6-v2 turns the sentences of the Zen of Python into
-vectors; printed is for each sentence the one nearest to it in meaning.
+vectors. For each sentence, the example prints the sentence that is nearest in meaning.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from ray_zerocopy.arrow import tensor_to_column
 
 
 class Features:
-    """Adds to sentences the mean of what the pipeline gives for their tokens, as a unit vector."""
+    """Adds a unit vector to each sentence: the normalized mean of the pipeline's token vectors."""
 
     def __init__(self, skeleton: PipelineSkeleton, refs: ModelRef) -> None:
-        self.pipeline = load_pipeline_in_actor(skeleton, refs)  # milliseconds; the weights stay where they are
+        self.pipeline = load_pipeline_in_actor(skeleton, refs)  # takes milliseconds and copies no weights
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         features = self.pipeline(batch["sentence"].to_pylist(), return_tensors=True)
@@ -42,14 +42,15 @@ class Features:
 
 
 def read_zen() -> list[dict[str, str]]:
+    """Return the sentences of the Zen of Python as rows."""
     with contextlib.redirect_stdout(io.StringIO()):
-        import this  # prints itself
+        import this  # prints the text when imported
     return [{"sentence": line} for line in codecs.decode(this.s, "rot13").splitlines()[2:]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Find for each sentence of the Zen of Python the nearest other.")
-    parser.add_argument("--limit", type=int, help="take the first LIMIT sentences only")
+    parser = argparse.ArgumentParser(description="Find the nearest sentence for each sentence of the Zen of Python.")
+    parser.add_argument("--limit", type=int, help="take only the first LIMIT sentences")
     sentences = read_zen()[: parser.parse_args().limit]
     transformers.utils.logging.disable_progress_bar()
     ray.init(include_dashboard=False)
@@ -61,7 +62,7 @@ def main() -> None:
         fn_constructor_kwargs={"skeleton": skeleton, "refs": refs},
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=2),
-        num_cpus=0.5,  # two actors on one CPU, so that this runs anywhere
+        num_cpus=0.5,  # two actors need one CPU, so the example runs on any machine
     )
     rows = ds.take_all()
     vectors = torch.stack([torch.tensor(row["vector"]) for row in rows])

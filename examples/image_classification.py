@@ -1,12 +1,12 @@
-"""Read images from files as bytes and classify them; they are decoded in `preprocess`.
+"""Read image files as bytes, decode them in `preprocess`, and classify them.
 
     python3 -m venv .venv && .venv/bin/pip install -e ".[demo]"
     .venv/bin/python examples/image_classification.py
-    .venv/bin/python examples/image_classification.py --limit 50     # the first 50 images only; there are 397
+    .venv/bin/python examples/image_classification.py --limit 50     # only the first 50 of 397 images
 
-The images are scikit-learn's handwritten digits, 8 x 8 pixels each, written as PNG files into a temporary folder.
-The weights are not published ones: a small network learns the first 1400 digits here, in a few seconds, and the job
-reads the others, which it has not seen.
+The images are scikit-learn's handwritten digits, 8 x 8 pixels each. The example writes them as PNG files into a
+temporary folder. It trains a small network on the first 1400 digits, which takes a few seconds. The job classifies
+the other digits, which the network has not seen.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from sklearn.datasets import load_digits
 
 from ray_zerocopy import ZeroCopyPredictor, prepare_model_for_actors
 
-LEARNED = 1400
+TRAINING_IMAGES = 1400
 
 
 class Digits(ZeroCopyPredictor):
-    """Gives for each image file the digit on it; of the columns that came, the path goes on."""
+    """Adds the digit of each image file, and keeps the column `path`."""
 
     output_column = "digit"
     keep_columns = ("path",)
@@ -44,8 +44,9 @@ class Digits(ZeroCopyPredictor):
 
 
 def train(images: torch.Tensor, digits: torch.Tensor) -> torch.nn.Module:
+    """Train a small convolutional network for 15 epochs."""
     torch.manual_seed(0)
-    torch.set_num_threads(1)  # so little work is slower with more
+    torch.set_num_threads(1)  # with more threads this small job is slower
     convolutions = [
         torch.nn.Conv2d(1, 16, 3, padding=1),
         torch.nn.ReLU(),
@@ -65,21 +66,22 @@ def train(images: torch.Tensor, digits: torch.Tensor) -> torch.nn.Module:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Classify handwritten digits in PNG files.")
-    parser.add_argument("--limit", type=int, help="classify the first LIMIT images only")
+    parser.add_argument("--limit", type=int, help="classify only the first LIMIT images")
     limit = parser.parse_args().limit
     data = load_digits()
     pixels = (data.images * 15.9375).astype(np.uint8)  # from 0..16 to 0..255
-    model = train(torch.from_numpy(pixels[:LEARNED, None]) / 255, torch.from_numpy(data.target[:LEARNED]))
+    images = torch.from_numpy(pixels[:TRAINING_IMAGES, None]) / 255
+    model = train(images, torch.from_numpy(data.target[:TRAINING_IMAGES]))
 
     ray.init(include_dashboard=False)
     with tempfile.TemporaryDirectory() as folder:
-        for number, image in list(enumerate(pixels))[LEARNED:][:limit]:
+        for number, image in list(enumerate(pixels))[TRAINING_IMAGES:][:limit]:
             Image.fromarray(image).save(Path(folder, f"{number}.png"))
         ds = ray.data.read_binary_files(folder, include_paths=True, override_num_blocks=4).map_batches(
             Digits.using(prepare_model_for_actors(model)),
             batch_format="pyarrow",
             compute=ray.data.ActorPoolStrategy(size=2),
-            num_cpus=0.5,  # two actors on one CPU, so that this runs anywhere
+            num_cpus=0.5,  # two actors need one CPU, so the example runs on any machine
         )
         rows = ds.take_all()
     truth = [int(data.target[int(Path(row["path"]).stem)]) for row in rows]

@@ -1,12 +1,12 @@
-"""The predictor of a batch job, online: `text_classification.TopicClassifier` inside Ray Serve.
+"""Serve `text_classification.TopicClassifier`, the predictor of a batch job, over HTTP with Ray Serve.
 
     python3 -m venv .venv && .venv/bin/pip install -e ".[demo,serve]"
-    .venv/bin/python examples/serve_predictor.py             # answers its own requests, and ends
-    .venv/bin/python examples/serve_predictor.py --stay      # answers those of others until Ctrl-C:
+    .venv/bin/python examples/serve_predictor.py             # sends its own requests, and ends
+    .venv/bin/python examples/serve_predictor.py --stay      # then answers other requests until Ctrl-C:
     curl "http://127.0.0.1:8000/" -d "a calendar of holidays"
 
-Two replicas share one copy of the weights. Requests that come at the same time are one batch for the model. The model
-lives as long as the process that prepared it, this one: keep it running as long as the service.
+Two replicas share one copy of the weights. Requests that arrive at the same time become one batch for the model. The
+model is lost when the process that prepared it ends, so keep this process running as long as the service.
 """
 
 from __future__ import annotations
@@ -41,14 +41,15 @@ QUESTIONS = (
 
 @serve.deployment(num_replicas=2, max_ongoing_requests=64, ray_actor_options={"num_cpus": 0.5})
 class Topics:
-    """Answers a text with its topic."""
+    """A replica that answers a text with its topic."""
 
     def __init__(self, model_ref: ModelRef) -> None:
         self.predictor = TopicClassifier(model_ref)
 
     @serve.batch(max_batch_size=32, batch_wait_timeout_s=0.01)
     async def classify(self, texts: list[str]) -> list[dict[str, Any]]:
-        rows = await asyncio.to_thread(self.predictor, pa.table({"text": texts}))  # requests come in meanwhile
+        # In a thread, so that the replica accepts requests meanwhile.
+        rows = await asyncio.to_thread(self.predictor, pa.table({"text": texts}))
         return [{**row, "replica": os.getpid()} for row in rows.to_pylist()]
 
     async def __call__(self, request: Request) -> dict[str, Any]:
@@ -67,7 +68,9 @@ def main() -> None:
     options = parser.parse_args()
     ray.init(include_dashboard=False)
     serve.start(http_options={"host": "127.0.0.1", "port": options.port})
-    serve.run(Topics.bind(prepare_classifier()))
+    # With a name, because Serve pickles the arguments of bind itself: Ray would keep an unnamed model for good.
+    model_ref = prepare_classifier(name="topics")
+    serve.run(Topics.bind(model_ref))
     url = f"http://127.0.0.1:{options.port}/"
     with ThreadPoolExecutor(len(QUESTIONS)) as clients:
         answers = clients.map(lambda text: ask(url, text), QUESTIONS)

@@ -1,11 +1,11 @@
-"""Split documents into passages, each a row with its embedding: `postprocess` as a generator.
+"""Split documents into passages, one row with an embedding for each: `postprocess` as a generator.
 
     python3 -m venv .venv && .venv/bin/pip install -e ".[demo]"
     .venv/bin/python examples/split_documents.py
-    .venv/bin/python examples/split_documents.py --limit 40     # the first 40 documents; by default 12, 0 for all
+    .venv/bin/python examples/split_documents.py --limit 40     # the first 40 documents; default 12; 0 means all
 
-The documents are the READMEs of the packages that are installed here. Of each the passage is printed that is nearest
-in meaning to all of them together, which mostly says what the package is.
+The documents are the READMEs of the installed packages. For each document, the example prints the passage that is
+nearest in meaning to all its passages together. This passage usually describes the package.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from ray_zerocopy.arrow import tensor_to_column
 
 
 def split(document: str) -> list[str]:
-    """Return the paragraphs that are sentences: no headings, tables, code, or rows of badges."""
+    """Return the paragraphs that consist of sentences, without headings, tables, code and badges."""
     paragraphs = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", document))
     return [p for p in paragraphs if re.fullmatch(r"[A-Z][^|=<>{}\[\]]{60,2000}[.:]", p)]
 
 
 class Passages(ZeroCopyPredictor):
-    """Makes of each document as many rows as it has passages, or none."""
+    """Turns each document into one row per passage; a document without passages gives no row."""
 
     def __init__(self, model_ref: ModelRef) -> None:
         super().__init__(model_ref)
@@ -60,20 +60,21 @@ class Passages(ZeroCopyPredictor):
     def postprocess(self, outputs: list[torch.Tensor], batch: pa.Table) -> Iterator[pa.Table]:
         vectors = iter(outputs)
         for document in batch.to_pylist():
-            if passages := split(document["text"]):  # one table for each document: a batch may grow a lot
+            if passages := split(document["text"]):  # one table per document, because a batch may grow a lot
                 embedding = tensor_to_column(next(vectors))
                 title = [document["title"]] * len(passages)
                 yield pa.table({"title": title, "passage": passages, "embedding": embedding})
 
 
 def read_readmes() -> list[dict[str, str]]:
+    """Return the READMEs of more than 1000 characters as rows, sorted by package."""
     found = {d.name: str(d.metadata.get_payload()) for d in importlib.metadata.distributions()}
     return [{"title": name, "text": found[name]} for name in sorted(found) if len(found[name]) > 1000]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Split the READMEs of the installed packages into passages.")
-    parser.add_argument("--limit", type=int, default=12, help="how many READMEs, 12 by default; 0 for all")
+    parser.add_argument("--limit", type=int, default=12, help="how many READMEs to split (default 12; 0 means all)")
     limit = parser.parse_args().limit
     documents = read_readmes()[: limit or None]
     transformers.utils.logging.disable_progress_bar()
@@ -83,7 +84,7 @@ def main() -> None:
         Passages.using(model_ref),
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=2),
-        num_cpus=0.5,  # two actors on one CPU, so that this runs anywhere
+        num_cpus=0.5,  # two actors need one CPU, so the example runs on any machine
     )
     rows = ds.take_all()
     for title in sorted({row["title"] for row in rows}):

@@ -1,11 +1,11 @@
-"""Classify texts into topics that are given by name only; the tokenizer runs in `preprocess`.
+"""Classify texts into topics without training; the tokenizer runs in `preprocess`.
 
     python3 -m venv .venv && .venv/bin/pip install -e ".[demo]"
     .venv/bin/python examples/text_classification.py
-    .venv/bin/python examples/text_classification.py --limit 40     # the first 40 texts only
+    .venv/bin/python examples/text_classification.py --limit 40     # only the first 40 texts
 
-The texts are what the modules of the standard library say of themselves. A text and a topic's name are embedded by
-the same published encoder, all-MiniLM-L6-v2, and the topic nearest to a text is its class: nothing is trained.
+The texts are the first paragraphs of the docstrings of the standard library's modules. The published encoder
+all-MiniLM-L6-v2 embeds the texts and the descriptions of the topics. The class of a text is the nearest topic.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported
 
@@ -40,7 +41,7 @@ TOPICS = {
 
 
 class NearestTopic(torch.nn.Module):
-    """An encoder and the vectors of the topics: computed once, in the driver, and shared like the weights."""
+    """An encoder and the vectors of the topics, which the driver computes once and shares with the weights."""
 
     def __init__(self, encoder: torch.nn.Module, topics: transformers.BatchEncoding) -> None:
         super().__init__()
@@ -56,7 +57,7 @@ class NearestTopic(torch.nn.Module):
 
 
 class TopicClassifier(ZeroCopyPredictor):
-    """Adds to texts the name of the nearest topic and their similarity, from -1 to 1."""
+    """Adds the name of the nearest topic to each text, and their similarity from -1 to 1."""
 
     def __init__(self, model_ref: ModelRef) -> None:
         super().__init__(model_ref)
@@ -71,12 +72,13 @@ class TopicClassifier(ZeroCopyPredictor):
         return batch.append_column("topic", topics).append_column("score", pa.array(scores.numpy()))
 
 
-def prepare_classifier() -> ModelRef:
+def prepare_classifier(**naming: Any) -> ModelRef:
+    """Embed the topics, and share the encoder with their vectors."""
     transformers.utils.logging.disable_progress_bar()
     tokenizer = transformers.AutoTokenizer.from_pretrained(get_model_path())
     encoder = transformers.AutoModel.from_pretrained(get_model_path()).eval()
     topics = tokenizer(list(TOPICS.values()), padding=True, return_tensors="pt")
-    return prepare_model_for_actors(NearestTopic(encoder, topics))
+    return prepare_model_for_actors(NearestTopic(encoder, topics), **naming)
 
 
 def read_summaries() -> Iterator[dict[str, str]]:
@@ -89,20 +91,20 @@ def read_summaries() -> Iterator[dict[str, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Classify what the standard library's modules say of themselves.")
-    parser.add_argument("--limit", type=int, help="classify the first LIMIT texts only")
+    parser = argparse.ArgumentParser(description="Classify the docstrings of the standard library's modules.")
+    parser.add_argument("--limit", type=int, help="classify only the first LIMIT texts")
     texts = list(read_summaries())[: parser.parse_args().limit]
     ray.init(include_dashboard=False)
     ds = ray.data.from_items(texts, override_num_blocks=4).map_batches(
         TopicClassifier.using(prepare_classifier()),
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=2),
-        num_cpus=0.5,  # two actors on one CPU, so that this runs anywhere
+        num_cpus=0.5,  # two actors need one CPU, so the example runs on any machine
     )
     rows = sorted(ds.take_all(), key=lambda row: -row["score"])
     for topic in TOPICS:
         found = [row for row in rows if row["topic"] == topic]
-        print(f"\n{topic}: {len(found)} of {len(rows)} modules, the surest first")
+        print(f"\n{topic}: {len(found)} of {len(rows)} modules, highest score first")
         for row in found[:4]:
             print(f"  {row['score']:.2f}  {row['module']:12} {row['text'][:80]}")
     ray.shutdown()

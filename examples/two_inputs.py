@@ -1,11 +1,11 @@
-"""A model with several inputs, fed from columns: no class to write, `input_columns` maps columns to arguments.
+"""Run a model with two inputs on columns, without a subclass: `input_columns` maps columns to arguments.
 
     python3 -m venv .venv && .venv/bin/pip install -e ".[demo]"
     .venv/bin/python examples/two_inputs.py
-    .venv/bin/python examples/two_inputs.py --limit 40     # the first 40 functions only
+    .venv/bin/python examples/two_inputs.py --limit 40     # only the first 40 functions
 
-Does a function do what its name says? Name and documentation of some functions of the standard library are compared
-by a model that takes both, two towers over one published encoder, all-MiniLM-L6-v2. The columns hold token ids.
+The model compares the name of a function to its documentation, for some functions of the standard library. It is a
+two-tower model over one published encoder, all-MiniLM-L6-v2. The columns contain token ids.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ray_zerocopy import ZeroCopyPredictor, prepare_model_for_actors
 
 
 class Similarity(torch.nn.Module):
-    """Says how near two texts are in meaning, from -1 to 1: `left` and `right` hold token ids, 0 where padded."""
+    """Computes the similarity of two texts, from -1 to 1. `left` and `right` are token ids, padded with 0."""
 
     def __init__(self, encoder: torch.nn.Module) -> None:
         super().__init__()
@@ -48,6 +48,7 @@ class Similarity(torch.nn.Module):
 
 
 def tokenize(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Add the token ids of the columns `words` and `summary`, 32 for each text."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(get_model_path())
     fixed = {"padding": "max_length", "truncation": True, "max_length": 32, "return_tensors": "np"}
     for column in ("words", "summary"):
@@ -66,8 +67,8 @@ def find_functions() -> list[dict[str, str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compare functions' names to what their documentation says.")
-    parser.add_argument("--limit", type=int, help="compare the first LIMIT functions only")
+    parser = argparse.ArgumentParser(description="Compare functions' names to their documentation.")
+    parser.add_argument("--limit", type=int, help="compare only the first LIMIT functions")
     functions = find_functions()[: parser.parse_args().limit]
     transformers.utils.logging.disable_progress_bar()
     ray.init(include_dashboard=False)
@@ -83,10 +84,10 @@ def main() -> None:
         predictor,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=2),
-        num_cpus=0.25,  # two actors on half a CPU, so that this runs anywhere
+        num_cpus=0.25,  # two actors need half a CPU, so the example runs on any machine
     )
     rows = sorted(ds.take_all(), key=lambda row: -row["similarity"])
-    for title, chosen in (("as the name says", rows[:5]), ("the name does not say it", rows[-5:])):
+    for title, chosen in (("the name fits best", rows[:5]), ("the name fits least", rows[-5:])):
         print(f"\n{title}, of {len(rows)} functions:")
         for row in chosen:
             print(f"  {row['similarity']:5.2f}  {row['name']:24} {row['summary'][:80]}")

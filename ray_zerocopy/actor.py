@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pickle
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,49 +15,95 @@ import torch
 
 from ._device.choose import DeviceLike, resolve_device, set_current_device
 from ._model import graph, paths
+from ._model.aoti import CompiledModel, compile_model, compile_with
+from ._model.imports import Import, check_imports, import_first
 from ._model.layout import Layout, unpack, unpack_arrays
 from ._model.packing import pack
 from ._store.get import get, plain_torch_state
+from ._store.publish import existing, naming_of, put_named
 from ._store.put import CARRIED, put
-from ._store.ref import Loaded, LoadOptions, ModelRef, format_bytes
+from ._store.ref import Loaded, LoadOptions, ModelRef, WithoutIsolation, format_bytes
+from ._store.waits import check_timeout
+from .models import NamedModel, get_model, list_models, prepare_model_from, remove_model
 
 __all__ = [
+    "CompiledModel",
+    "NamedModel",
     "PipelineSkeleton",
+    "compile_model",
+    "get_model",
+    "list_models",
     "load_model_in_actor",
     "load_pipeline_in_actor",
     "prepare_model_for_actors",
+    "prepare_model_from",
+    "remove_model",
     "rewrite_pipeline_for_actors",
 ]
 
-MODEL_TYPES = (torch.nn.Module, torch.jit.ScriptFunction, torch.export.ExportedProgram)
+MODEL_TYPES = (torch.nn.Module, torch.jit.ScriptFunction, torch.export.ExportedProgram, CompiledModel)
 
 
-def prepare_model_for_actors(model: object) -> ModelRef:
+def prepare_model_for_actors(
+    model: object,
+    *,
+    name: str | None = None,
+    namespace: str | None = None,
+    lifetime: str | None = None,
+    get_if_exists: bool = False,
+    replace: bool = False,
+    allow_meta: bool = False,
+    imports: Iterable[str | ModuleType] = (),
+    compile: bool | Mapping[str, Any] = False,
+    **ray_options: Any,
+) -> ModelRef:
     """Put a model's weights into Ray's object store, once, and return a small handle to pass to workers.
 
-    The bytes are copied once, from the model straight into the store; the model is not changed and may be
-    dropped afterwards. Quantize and cast before sharing: what a worker converts is private to it.
+    The bytes are copied once, and the model is not changed. Quantize and cast before sharing: what a worker converts
+    is private to that worker. The model stays in the store while this process runs and a handle exists. With a name,
+    a Ray actor owns the model, which outlives its handles, and with `lifetime="detached"` also this process.
 
     Args:
-        model: Any object with tensors in it that Ray can pickle: an `nn.Module`, a Hugging Face model, an
-            object that holds several models. Arrays of numpy inside it are shared like tensors.
+        model: An `nn.Module`, or any other object with tensors. Numpy arrays inside it are shared like tensors.
+        name: The name under which any process of the cluster finds the model: `get_model(name)`. A handle with a name
+            can be pickled anywhere. `remove_model(name)` ends the model.
+        namespace: The namespace of the name. By default models have a namespace of their own, `"ray_zerocopy"`.
+        lifetime: `"detached"` for a model that outlives this process. By default it ends with the last handle here.
+        get_if_exists: Return the model that has the name, if there is one. By default a taken name is an error.
+        replace: Make this the next version of the name, for new loads. The store frees the old bytes when the last
+            process drops its model.
+        allow_meta: Share a model although some tensors have no values: those on the meta device and those of lazy
+            modules that never ran. By default they are an error.
+        imports: Modules (names) and shared libraries (paths) that a worker imports first. They register operators and
+            pytree types. Those that the model uses are found without this option if torch knows who registered them.
+        compile: Compile a `torch.export.ExportedProgram` here, once, so that no worker compiles. A mapping has
+            options: `args`, `kwargs` and `dynamic_shapes` export an `nn.Module` first, as `torch.export.export` does.
+            `fallback=True` lets a worker with another CPU, device or torch run the program without the compiled code.
+            All others are options of inductor.
+        ray_options: Options of the owner, as for a Ray actor: `num_cpus` (0 by default), `memory`, `resources`, ...
+            By default the owner runs on this node if its store has room, else on the node with the most room.
 
     Returns:
-        The handle. The model stays in the store until the last copy of it goes, or the process that called
-        this function ends.
+        The handle.
 
     Raises:
-        TypeError: A part of `model` cannot be pickled, and the message names its attribute path; or `model` is none
-            yet: a name, a path, a class, None.
-        ZeroCopyError: The store of this node is too small; nothing has been put.
+        TypeError: A part of `model`, which the message names, cannot be pickled. Or `model` is not loaded: a name, a
+            path, a class, None. Or an option does not exist. Or `compile` has no example inputs.
+        ValueError: Tensors have no values here. Or the name is taken or empty. Or torch cannot export or compile.
+        ZeroCopyError: No store has room for the model, and nothing was put. Or there is no C++ compiler.
 
     Example:
         >>> import torch
-        >>> model_ref = prepare_model_for_actors(torch.nn.Linear(512, 512))
-        >>> model_ref.nbytes
+        >>> prepare_model_for_actors(torch.nn.Linear(512, 512)).nbytes
         1050624
     """
-    return put(model)
+    naming = naming_of("prepare_model_for_actors", name, namespace, lifetime, get_if_exists, replace, ray_options)
+    if naming is not None and compile and (there := existing(naming)) is not None:
+        return there
+    model = compile_with(model, compile)
+    if naming is None:
+        return put(model, allow_meta=allow_meta, imports=imports)
+    return put_named(model, naming, ray_options, allow_meta=allow_meta, imports=imports)
 
 
 def load_model_in_actor(
@@ -67,26 +114,30 @@ def load_model_in_actor(
     keep_flags: bool = False,
     require_isolation: bool = False,
     page_lock: bool = False,
+    timeout: float | None = None,
 ) -> Any:
     """Return the model behind a handle, in any worker or in the driver, in milliseconds and without a copy.
 
-    On the CPU the tensors are views of the store's pages, copy-on-write: reads are shared by all workers of the
-    node, a write copies the 4 KiB page for the writer and nobody else sees it. The pages stay valid for as long
-    as a tensor of the model lives. Each call gives a model of its own.
+    On the CPU the tensors are copy-on-write views of the store's pages. All workers of the node share the pages for
+    reading. A write copies the 4 KiB page for the writer, and no other process sees it. The pages stay valid while a
+    tensor of the model lives. Each call returns a separate model.
 
     Args:
-        model_ref: What `prepare_model_for_actors` returned.
-        device: `None` or `"auto"` for the GPU that Ray assigned to this worker, else the CPU; or a device as
-            torch names it (`"cuda"`, `"cuda:0"`, an index). A CUDA device becomes the current one of this thread.
-        dtype: Convert the floating-point tensors on the way, to float16, bfloat16, float32 or float64. On the CPU
-            what is converted is a copy of this process's own, so convert before sharing where you can.
-        keep_flags: Keep each module's train or eval mode and each tensor's `requires_grad` as the source had
-            them. Otherwise the model is in eval mode and nothing requires a gradient.
-        require_isolation: Raise where a private view cannot be had (no /proc, or the raylet is in another pid
-            namespace), instead of warning once and sharing the pages for writing too.
-        page_lock: For workers that bring the same model to a CUDA device again and again: page-lock the store's
-            pages at the first load, for as long as `model_ref` lives in this process, so that the device reads
-            them itself. Locking takes longer than one load gains by it.
+        model_ref: The handle, from `prepare_model_for_actors`, `prepare_model_from` or `get_model`.
+        device: The device to load to. `None` and `"auto"` mean the GPU that Ray assigned to this worker, else the
+            CPU. A device can also have torch's form (`"cuda"`, `"cuda:0"`, an index). A CUDA device becomes the
+            current device of this thread.
+        dtype: Convert floating-point tensors during the load, to float16, bfloat16, float32 or float64. On the CPU
+            converted tensors are a private copy, so convert before sharing if you can.
+        keep_flags: Keep the train or eval mode of each module and the `requires_grad` of each tensor. By default the
+            model is in eval mode, and no tensor requires a gradient.
+        require_isolation: Raise an error if no private view is possible (no /proc, or the raylet is in another pid
+            namespace). By default the load then warns once, and writes reach other workers.
+        page_lock: Page-lock the store's pages at the first load, while `model_ref` lives in this process, so that a
+            CUDA device reads them directly. This is for workers that load the same model again and again: locking
+            takes longer than one load gains.
+        timeout: Seconds to wait for the bytes, which may come from another node, and for the owner of a named model.
+            None waits without end. A wait of more than 30 s logs what it waits for.
 
     Returns:
         An object equal to the source bit for bit.
@@ -94,9 +145,11 @@ def load_model_in_actor(
     Raises:
         TypeError: `model_ref` is not a handle.
         ModelLostError: The model is no longer in the store, or the handle is from another Ray session.
-        ValueError: `device` is unknown, absent, or not assigned to this worker by Ray; or `dtype` cannot be applied,
-            because bytes are seen as several dtypes, or by a quantized tensor, a subclass or TorchScript.
-        ZeroCopyError: Isolation was required and cannot be had; the device has too little memory left.
+        ModelTimeoutError: The model did not arrive within `timeout`.
+        ValueError: `device` is unknown or absent, or Ray did not assign it to this worker. Or `dtype` cannot be
+            applied: to bytes of several dtypes, a quantized tensor, a subclass or TorchScript.
+        ZeroCopyError: This worker cannot import a class, function or module of the model. Or isolation was required
+            and is not possible. Or the device has too little memory left.
 
     Example:
         >>> import torch
@@ -111,6 +164,7 @@ def load_model_in_actor(
         keep_flags=keep_flags,
         require_isolation=require_isolation,
         page_lock=page_lock,
+        timeout=timeout,
     ).model
 
 
@@ -118,7 +172,7 @@ def load_model_in_actor(
 
 
 class _Models(NamedTuple):
-    """What is shared of a pipeline; `token` says which skeleton it belongs to."""
+    """The shared part of a pipeline. Its skeleton has the same `token`."""
 
     token: str
     models: list[Any]
@@ -128,11 +182,11 @@ class _Models(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class PipelineSkeleton:
-    """A pipeline without its models: small, picklable, to be passed to workers beside the `refs`.
+    """A pipeline without its models. It is small and picklable; pass it to workers together with the `refs`.
 
     Attributes:
         class_name: The class of the pipeline.
-        models: Where its models are in it, such as `.encoder` or `.stages[0]`; empty for one that has tensors only.
+        models: The paths of its models, such as `.encoder` or `.stages[0]`. Empty if it has only tensors.
     """
 
     class_name: str
@@ -140,6 +194,7 @@ class PipelineSkeleton:
     _token: str
     _stream: bytes
     _rest: tuple[Layout, list[bytes]] | None
+    _needs: tuple[list[Import], list[str]]
 
     def __repr__(self) -> str:
         rest = sum(map(len, self._rest[1])) if self._rest else 0
@@ -149,29 +204,43 @@ class PipelineSkeleton:
 
 
 def rewrite_pipeline_for_actors(
-    pipeline: object, model_attr_names: Iterable[str] | None = None
+    pipeline: object,
+    model_attr_names: Iterable[str] | None = None,
+    *,
+    name: str | None = None,
+    namespace: str | None = None,
+    lifetime: str | None = None,
+    replace: bool = False,
+    allow_meta: bool = False,
+    imports: Iterable[str | ModuleType] = (),
+    **ray_options: Any,
 ) -> tuple[PipelineSkeleton, ModelRef]:
     """Put the models of a pipeline into Ray's object store, and return the pipeline without them and a handle.
 
-    A pipeline is any object with models in it, wherever they are: attributes, slots, lists, dicts, nested objects,
-    bound methods of models. What tensors and numpy arrays it has beside its models, or in place of any, are shared
-    with them. It is not changed, and none of its properties is run.
+    A pipeline is any object that contains models: in attributes, slots, lists, dicts, nested objects, bound methods.
+    Its other tensors and numpy arrays are shared too. The pipeline is not changed, and its properties are not run.
 
     Args:
         pipeline: The object, such as a Hugging Face `pipeline()`.
-        model_attr_names: Share only the models of these names, as paths from the pipeline (`"encoder"`,
-            `"stages[0].model"`); anything else travels in the skeleton, a copy for each worker. By default
-            everything that has tensors is shared.
+        model_attr_names: Share only these models, by path (`"encoder"`, `"stages[0].model"`). Each worker has a copy
+            of everything else. By default everything with tensors is shared.
+        name: As for `prepare_model_for_actors`. Keep the skeleton where the name is used: it fits these models only.
+        namespace: As for `prepare_model_for_actors`.
+        lifetime: As for `prepare_model_for_actors`.
+        replace: As for `prepare_model_for_actors`.
+        allow_meta: As for `prepare_model_for_actors`.
+        imports: As for `prepare_model_for_actors`.
+        ray_options: As for `prepare_model_for_actors`.
 
     Returns:
-        The skeleton and the handle for `load_pipeline_in_actor`. One model under two names is stored once, and
-        tensors tied across models stay tied, so all models are behind one handle. A part of a TorchScript module
-        that is held separately as well stays that part.
+        The skeleton and the handle for `load_pipeline_in_actor`. All models have one handle: a model under two names
+        is stored once, and tensors tied across models stay tied. If the pipeline also holds a part of a TorchScript
+        module separately, the loaded pipeline does too.
 
     Raises:
         TypeError: A part cannot be pickled, or a name in `model_attr_names` is not a model.
-        ValueError: The pipeline has neither models nor tensors, or a name in `model_attr_names` is not in it.
-        ZeroCopyError: The store of this node is too small; nothing has been put.
+        ValueError: The pipeline has neither models nor tensors, or lacks a model that is named. Or `name` is taken.
+        ZeroCopyError: No store has room for the models. Nothing was put.
 
     Example:
         >>> import torch, types
@@ -182,31 +251,47 @@ def rewrite_pipeline_for_actors(
         >>> load_pipeline_in_actor(skeleton, refs).labels
         ['no', 'yes']
     """
-    name = type(pipeline).__name__
+    naming = naming_of("rewrite_pipeline_for_actors", name, namespace, lifetime, False, replace, ray_options)
+    skeleton, shared = _divide(pipeline, model_attr_names, imports)
+    try:
+        label = f"models of {skeleton.class_name}"
+        if naming is None:
+            return skeleton, put(shared, label, allow_meta=allow_meta, root=pipeline, imports=imports)
+        return skeleton, put_named(
+            shared, naming, ray_options, label=label, allow_meta=allow_meta, root=pipeline, imports=imports
+        )
+    except TypeError:
+        graph.take_apart(pipeline, leave_out=CARRIED)  # raises the same error, with the path from the pipeline
+        raise
+
+
+def _divide(
+    pipeline: object, model_attr_names: Iterable[str] | None, imports: Iterable[str | ModuleType]
+) -> tuple[PipelineSkeleton, _Models]:
+    """Divide a pipeline into its skeleton and what is shared."""
+    class_name = type(pipeline).__name__
+    listed = check_imports(imports)
     found = find_models(pipeline)
     token = uuid.uuid4().hex
     rest = None
     if model_attr_names is None:
-        parts = graph.take_apart(pipeline, leave_out=(*MODEL_TYPES, *CARRIED))
+        parts = graph.take_apart(pipeline, leave_out=(*MODEL_TYPES, *CARRIED), imports=listed)
         shared = _Models(token, parts.carried, parts.tensors, [_as_array(array) for array in parts.arrays])
         kept = {id(model) for model in parts.carried}
         found = [(path, model) for path, model in found if id(model) in kept]  # a __getstate__ may drop some
         if not (any(isinstance(p, MODEL_TYPES) for p in parts.carried) or parts.tensors or parts.arrays):
             raise ValueError(
-                f"{name} has no models in it to share, and no tensors. Any other object goes to workers as it is."
+                f"{class_name} has no models in it to share, and no tensors. Pass any other object as it is."
             )
     else:
         found = _named(pipeline, model_attr_names, found)
-        parts = graph.take_apart(pipeline, CARRIED, [model for _, model in found])
+        parts = graph.take_apart(pipeline, CARRIED, [model for _, model in found], imports=listed)
         shared = _Models(token, parts.carried, [], [])
         packed = pack(parts.tensors, parts.arrays)
         rest = (packed.layout, [bytes(buffer.memory()) for buffer in packed.buffers])  # copy: not to be shared
-    try:
-        refs = put(shared, name=f"models of {name}")
-    except TypeError:
-        graph.take_apart(pipeline, leave_out=CARRIED)  # fails likewise, and says where in the pipeline
-        raise
-    return PipelineSkeleton(name, tuple(path for path, _ in found), token, parts.skeleton, rest), refs
+    needs = parts.imports, parts.operators
+    skeleton = PipelineSkeleton(class_name, tuple(path for path, _ in found), token, parts.skeleton, rest, needs)
+    return skeleton, shared
 
 
 def load_pipeline_in_actor(
@@ -218,56 +303,75 @@ def load_pipeline_in_actor(
     keep_flags: bool = False,
     require_isolation: bool = False,
     page_lock: bool = False,
+    timeout: float | None = None,
 ) -> Any:
-    """Return the pipeline with its models, loaded as `load_model_in_actor` does, in any worker.
+    """Return a pipeline with its models, in any worker. The models load as by `load_model_in_actor`.
 
     Args:
         skeleton: The pipeline without models, from `rewrite_pipeline_for_actors`.
-        refs: The handle that came with it.
-        device: As for `load_model_in_actor`; a `device` attribute of the pipeline, as Hugging Face has it, follows.
+        refs: The handle from the same call.
+        device: As for `load_model_in_actor`. If the pipeline has a `device` attribute, as in Hugging Face, it is set.
         dtype: As for `load_model_in_actor`, for the models.
         keep_flags: As for `load_model_in_actor`.
         require_isolation: As for `load_model_in_actor`.
         page_lock: As for `load_model_in_actor`.
+        timeout: As for `load_model_in_actor`.
 
     Returns:
         An object equal to the source, whose models are views of the store's pages.
 
     Raises:
-        TypeError: `skeleton` or `refs` is not what `rewrite_pipeline_for_actors` returned.
+        TypeError: `skeleton` and `refs` are not from one call of `rewrite_pipeline_for_actors`.
         ModelLostError, ValueError, ZeroCopyError: As for `load_model_in_actor`.
     """
-    if not isinstance(skeleton, PipelineSkeleton):
-        raise TypeError(
-            f"a PipelineSkeleton is needed, not {type(skeleton).__module__}.{type(skeleton).__qualname__}. "
-            f"Make one in the driver: skeleton, refs = rewrite_pipeline_for_actors(pipeline)."
-        )
+    _check_skeleton(skeleton)
     loaded = load(
-        refs, device, dtype=dtype, keep_flags=keep_flags, require_isolation=require_isolation, page_lock=page_lock
+        refs,
+        device,
+        dtype=dtype,
+        keep_flags=keep_flags,
+        require_isolation=require_isolation,
+        page_lock=page_lock,
+        timeout=timeout,
     )
     if not isinstance(loaded.model, _Models) or loaded.model.token != skeleton._token:
-        raise TypeError(f"{refs!r} is not the handle that came with {skeleton!r}: both come from one call.")
+        later = " The name has another version now." if refs.name else ""
+        raise TypeError(
+            f"{refs!r} and {skeleton!r} do not belong together.{later} Pass both from one call: skeleton, refs = "
+            f"rewrite_pipeline_for_actors(pipeline)."
+        )
     _, models, tensors, arrays = loaded.model
+    import_first(skeleton.class_name, *skeleton._needs)
     with plain_torch_state():
         if skeleton._rest:
             layout, blocks = skeleton._rest
             buffers = [(bytearray(block), 0) for block in blocks]  # copy: model_attr_names asked for it
             tensors = unpack(layout, buffers, keep_flags=keep_flags)
             arrays = unpack_arrays(layout, buffers)
-        pipeline, _ = graph.put_together(skeleton._stream, tensors, arrays, models, keep_flags=keep_flags)
+        pipeline, _ = graph.put_together(
+            skeleton._stream, tensors, arrays, models, name=skeleton.class_name, keep_flags=keep_flags
+        )
     set_device(pipeline, loaded.device)
     return pipeline
 
 
+def _check_skeleton(skeleton: object) -> None:
+    if not isinstance(skeleton, PipelineSkeleton):
+        raise TypeError(
+            f"a PipelineSkeleton is needed, not {type(skeleton).__module__}.{type(skeleton).__qualname__}. "
+            f"Make one in the driver: skeleton, refs = rewrite_pipeline_for_actors(pipeline)."
+        )
+
+
 def set_device(pipeline: object, device: torch.device) -> None:
-    """Let a `device` attribute of a pipeline, as Hugging Face has it, follow its models."""
+    """Set the `device` attribute of a pipeline, if it has one as in Hugging Face."""
     attributes = paths.attributes_of(pipeline)
     if isinstance(attributes.get("device"), torch.device):
         attributes["device"] = device
 
 
 def find_models(pipeline: object) -> list[tuple[str, Any]]:
-    """Return the models in an object, each once, with the path that leads there; not the parts of a model."""
+    """Return the models in an object with their paths, each model once, without the parts of models."""
     return [(path, part) for path, part in paths.walk(pipeline, stop_at=MODEL_TYPES) if isinstance(part, MODEL_TYPES)]
 
 
@@ -303,12 +407,17 @@ def load(
     dtype: torch.dtype | None = None,
     keep_flags: bool = False,
     require_isolation: bool = False,
+    without_isolation: WithoutIsolation = WithoutIsolation.SHARE,
     page_lock: bool = False,
+    timeout: float | None = None,
 ) -> Loaded:
-    """Load as `load_model_in_actor` does, and say how it went."""
+    """Load as `load_model_in_actor` does; return the model with facts about the load."""
+    if require_isolation:
+        without_isolation = WithoutIsolation.RAISE
+    check_timeout(timeout)
     chosen = resolve_device(device, _assigned_gpus())
     set_current_device(chosen)
-    return get(model_ref, LoadOptions(chosen, dtype, keep_flags, require_isolation, page_lock))
+    return get(model_ref, LoadOptions(chosen, dtype, keep_flags, without_isolation, page_lock, timeout))
 
 
 def load_one(model_ref: ModelRef, device: DeviceLike, **options: Any) -> Loaded:
@@ -319,16 +428,16 @@ def load_one(model_ref: ModelRef, device: DeviceLike, **options: Any) -> Loaded:
 
 
 def check_one(model: Any, model_ref: ModelRef) -> None:
-    """Raise TypeError if what was loaded is what a pipeline shares."""
+    """Raise TypeError if the loaded object is the shared part of a pipeline."""
     if isinstance(model, _Models):
         raise TypeError(
-            f"{model_ref!r} is of a pipeline: load it with load_pipeline_in_actor(skeleton, refs). Its models can be "
-            f"called as tasks where the pipeline is rewritten by rewrite_pipeline(pipeline)."
+            f"{model_ref!r} is of a pipeline. Load it with load_pipeline_in_actor(skeleton, refs). To call its "
+            f"models as tasks, rewrite the pipeline with rewrite_pipeline(pipeline)."
         )
 
 
 def _assigned_gpus() -> list[str] | None:
-    """Return the GPUs that Ray assigned to this worker, or None in a driver, to which it assigns nothing."""
+    """Return the GPUs that Ray assigned to this worker, or None in a driver: Ray assigns it none."""
     if not ray.is_initialized():
         return None
     context = ray.get_runtime_context()

@@ -1,28 +1,29 @@
-"""Arrow columns <-> tensors, over the same bytes wherever Arrow and torch can agree on them.
+"""Arrow columns <-> tensors, over the same bytes where Arrow and torch have the same layout.
 
 Note [A batch is shared memory]
 
-A batch of Ray Data lies in the node's object store, which every process on the node has mapped::
+A batch of Ray Data is in the node's object store, which every process on the node has mapped. A tensor over the batch
+is a private view of these pages, copy-on-write::
 
     store pages      | ... 0.1 0.2 0.3 0.4 0.5 0.6 ... |      one copy, mapped by all workers of the node
                               ^
-    Arrow column              offset, length                  read-only, by Arrow's word
+    Arrow column              offset, length                  read-only for Arrow
                               ^
-    tensor                    data_ptr, shape, stride         read-only, by nobody's word but yours
+    tensor                    data_ptr, shape, stride         reads the same pages; a write copies one page
 
-torch has no read-only tensors. A write to what `column_to_tensor` or `column_chunks` returns (`x += 1`,
-`x.normal_()`, `out=x`, a layer with `inplace=True` on its input) therefore changes the batch, and with it what
-other tasks, retries and other processes on the node read. Make a copy first, `x.clone()`, or use the operation
-that is not in-place. A tensor moved to a GPU is a copy; `x.float()` is none where x was float32. What
-`column_to_padded` returns is your own.
+So a write to what `column_to_tensor` or `column_chunks` returns (`x += 1`, `out=x`, a layer with `inplace=True`)
+changes the tensor and never the dataset. On a platform without private views (macOS, another pid namespace) the
+tensor is a copy. It is also a copy if the batch is in memory of this process alone: a table that you made, a block
+under 100 KiB, the output of an operator that Ray Data runs in the same process. Such memory has other users too, such
+as the columns that the batch keeps.
 
-The tensor keeps its bytes alive: the batch may go first. As long as the tensor lives, the store cannot free or
-spill the block, so keep what you computed from it, not the tensor itself, from one batch to the next.
+The tensor keeps its bytes alive, also after the batch is deleted. While the tensor lives, the store cannot free or
+spill the block. So from one batch to the next, keep the results computed from a tensor instead of the tensor.
 
-It is the same the other way: a column from `tensor_to_column` shows the tensor's memory where it could, so fill
-no output buffer anew before the column is handed on.
+A column from `tensor_to_column` shows the tensor's memory where possible. Do not write to the tensor before Ray Data
+has taken the column.
 
-Note [What a column is as a tensor]
+Note [What a column is as a tensor]::
 
     Arrow column of n rows                              tensor            bytes
     int8..64, uint8..64, float16/32/64                  (n,)              shared
@@ -31,20 +32,20 @@ Note [What a column is as a tensor]
     FixedSizeList[k], also nested                       (n, k, ...)       shared
     list, large_list with k values in each row          (n, k, ...)       shared
     Ray's tensor column, variable shape, all rows equal (n, *shape)       shared
-    the last two, ragged                                an error          column_to_padded copies once
+    another extension over lists (datasets' Array2D)    as the lists      shared
+    the last three, ragged                              an error          column_to_padded copies once
     any of them in several chunks                       one tensor        copied once; column_chunks shares
 
-bfloat16 and the float8 types, which Arrow does not have, become float32. Every value of them is exactly a
-float32, so `column_to_tensor(batch, name).to(torch.bfloat16)` gives back what went in (of a NaN, that it is one);
-and every reader of Arrow, Parquet and Ray Data knows float32.
+Arrow lacks bfloat16 and the float8 types, so these become float32, which every reader of Arrow, Parquet and Ray Data
+knows. Every such value is exactly a float32, so `column_to_tensor(batch, name).to(torch.bfloat16)` restores the
+values (a NaN stays a NaN, its bits may change).
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
 import numbers
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,27 +60,17 @@ from ._arrow.columns import (
     find_column,
     is_extension,
     is_list,
+    is_over_lists,
     nulls_within,
     ragged_error,
     unequal_dimensions,
 )
+from ._arrow.values import to_numpy
+from ._pages import views
 
 __all__ = ["column_chunks", "column_to_padded", "column_to_tensor", "tensor_to_column"]
 
 
-_AS_FLOAT32 = frozenset(
-    getattr(torch, name)
-    for name in (
-        "bfloat16",
-        "float8_e4m3fn",
-        "float8_e4m3fnuz",
-        "float8_e5m2",
-        "float8_e5m2fnuz",
-        "float8_e8m0fnu",
-    )
-    if hasattr(torch, name)  # torch has gained them one by one
-)
-_TO_ARROW = frozenset(DTYPES.values()) | _AS_FLOAT32 | {torch.bool}
 Int64s = npt.NDArray[np.int64]
 
 
@@ -87,23 +78,24 @@ Int64s = npt.NDArray[np.int64]
 
 
 def column_to_tensor(batch: pa.Table, name: str) -> torch.Tensor:
-    """Return a column as one tensor, rows first, over the batch's own bytes.
+    """Return a column as one tensor, rows first.
 
-    The bytes are shared unless the column has several chunks that hold rows; these are then copied, once, into
-    one tensor (`column_chunks` does without). Slices are honoured. Never write to the tensor: see the module's
-    Note [A batch is shared memory]. The tensor keeps the bytes alive.
+    The tensor is a copy-on-write view of the object store's pages. It is a copy if the batch is not in the store, or
+    if the column has several chunks that hold rows; `column_chunks` needs no copy for that. A write to the tensor
+    never changes the batch or a dataset: see the module's Note [A batch is shared memory]. The tensor keeps the bytes
+    alive.
 
     Args:
         batch: A table or record batch, as Ray Data gives with `batch_format="pyarrow"`.
         name: The column.
 
     Returns:
-        A CPU tensor of shape (rows,) for numbers and (rows, *row shape) for tensors and lists, of the column's
-        dtype. A list column without rows says nothing about their width: it gives shape (0, 0).
+        A CPU tensor of the column's dtype, of shape (rows,) for numbers and `(rows, *row_shape)` for tensors and
+        lists. A list column without rows does not say how long its rows are. Its shape is (0, 0).
 
     Raises:
         TypeError: The column's type has no tensor form (bool, decimal, string, date, struct, ...), or `batch` is
-            no Arrow table.
+            not an Arrow table.
         ValueError: There is no such column, or more than one; it has nulls; its rows differ in shape.
 
     Example:
@@ -113,23 +105,22 @@ def column_to_tensor(batch: pa.Table, name: str) -> torch.Tensor:
                 [5, 6]])
     """
     column = find_column(batch, name)
-    parts = [_rows(chunk, column) for chunk in column.chunks if len(chunk)]
-    if not parts:
-        return _rows(column.chunks[0], column)
-    if len(parts) == 1:
-        return parts[0]
+    chunks = [chunk for chunk in column.chunks if len(chunk)] or column.chunks[:1]
+    if len(chunks) == 1:
+        return _rows(chunks[0], column)
+    parts = [_rows(chunk, column, numbers_of=_shared_numbers) for chunk in chunks]
     shapes = {tuple(part.shape[1:]) for part in parts}
     if len(shapes) > 1:
         raise ValueError(ragged_error(column, f"the rows of its chunks have shapes {sorted(shapes)}", outermost=True))
-    return torch.cat(parts)  # copy: the chunks lie apart, and one tensor is one block
+    return torch.cat(parts)  # copy: a tensor is one block of memory
 
 
 def column_chunks(batch: pa.Table, name: str) -> Iterator[torch.Tensor]:
-    """Yield a column as one tensor a chunk, in order, each over the batch's own bytes; nothing is copied.
+    """Yield one tensor for each chunk of a column, in order. `column_to_tensor` says which tensors are copies.
 
     Ray Data makes a batch of one chunk per source block. Concatenated, the tensors are what `column_to_tensor`
-    returns, and what is said there holds here. Nulls and types are checked at once, each chunk's shape when its
-    turn comes. A chunk without rows gives a tensor without rows.
+    returns, which copies a column of several chunks. Nulls and types are checked at once, the shape of a chunk when
+    it is yielded. A chunk without rows gives a tensor without rows.
 
     Example:
         >>> batch = pa.table({"x": pa.chunked_array([[1, 2], [3]])})
@@ -143,23 +134,23 @@ def column_chunks(batch: pa.Table, name: str) -> Iterator[torch.Tensor]:
 def column_to_padded(batch: pa.Table, name: str, fill: float = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Return a ragged column as one tensor, padded at the end of each row, and the lengths of its rows.
 
-    Takes list columns, whether or not the rows of this batch happen to differ, and Ray's tensor columns of
-    variable shape. The values are copied once; both tensors are your own to write to.
+    Takes list columns and Ray's tensor columns of variable shape, also if the rows of this batch have one shape. The
+    values are copied once. You can write to both tensors.
 
     Args:
         batch: A table or record batch.
         name: The column.
-        fill: What stands where a row has no value.
+        fill: The value for the places where a row has none; 0 by default.
 
     Returns:
-        `padded`, of the column's dtype and shape (rows, longest row, *shape of a list's items), and `lengths`,
+        `padded`, of the column's dtype and shape `(rows, longest row, *item_shape)`, and `lengths`,
         int64 of shape (rows,). For rows of d > 1 dimensions `padded` is (rows, d largest sizes) and `lengths`
-        (rows, d). `torch.arange(padded.shape[1]) < lengths[:, None]` is the mask of what is there.
+        (rows, d). The mask of the values is `torch.arange(padded.shape[1]) < lengths[:, None]`.
 
-        The way back is `tensor_to_column([row[:n] for row, n in zip(padded, lengths)])`.
+        `tensor_to_column([row[:n] for row, n in zip(padded, lengths)])` is the inverse.
 
     Raises:
-        TypeError: The column is not of lists or variable shapes, its values have no tensor form, or `fill` is no
+        TypeError: The column is not of lists or variable shapes, its values have no tensor form, or `fill` is not a
             number.
         ValueError: There is no such column, or more than one; it has nulls; its rows have different numbers of
             dimensions, or are ragged in a second dimension; the column's dtype cannot hold `fill`.
@@ -226,25 +217,39 @@ def _check_fill(fill: float, dtype: torch.dtype, column: Column) -> None:
     if not fits:
         raise ValueError(
             f"{column.label} cannot hold fill={fill}: its values are {kind} from {limits.min} to {limits.max}. Give "
-            f"such a fill, or cast the column first."
+            f"a fill in this range, or cast the column first."
         )
 
 
 # ---------------------------------------------------------------- one chunk
 
 
-def _rows(array: Any, column: Column, outermost: bool = True) -> torch.Tensor:
-    """Return an Arrow array of a type that `check_type` let pass as a tensor over its bytes."""
+def _own_numbers(array: Any) -> torch.Tensor:
+    """Return a tensor with the bytes of an array of numbers, to which the caller may write."""
+    return _tensor_over(array, views.own_memory)
+
+
+def _shared_numbers(array: Any) -> torch.Tensor:
+    """Return a tensor over the bytes of an array of numbers, for reading only."""
+    return _tensor_over(array, views.shared_view)
+
+
+def _rows(
+    array: Any, column: Column, outermost: bool = True, numbers_of: Callable[[Any], torch.Tensor] = _own_numbers
+) -> torch.Tensor:
+    """Return an Arrow array as a tensor over its bytes. `check_type` has accepted the type."""
     kind = array.type
     count = len(array)
     if array.null_count:
         raise ValueError(nulls_within(column, array))
     if kind.id in DTYPES:
-        return _numbers(array)
+        return numbers_of(array)
+    if is_over_lists(kind):
+        return _rows(array.storage, column, outermost, numbers_of)
     if pa.types.is_fixed_size_list(kind):
-        # values is the whole array's, whatever the slice.
+        # `values` belongs to the whole array, not to this slice of it.
         items = array.values.slice(array.offset * kind.list_size, count * kind.list_size)
-        values = _rows(items, column, outermost=False)
+        values = _rows(items, column, outermost=False, numbers_of=numbers_of)
         return values.view(count, kind.list_size, *values.shape[1:])
     if is_list(kind):
         offsets = _offsets(array)
@@ -254,7 +259,7 @@ def _rows(array: Any, column: Column, outermost: bool = True) -> torch.Tensor:
             raise ValueError(
                 ragged_error(column, f"its rows have {widths.min()} to {widths.max()} values", outermost)
             )
-        values = _rows(_items(array, offsets), column, outermost=False)
+        values = _rows(_items(array, offsets), column, outermost=False, numbers_of=numbers_of)
         return values.view(count, width, *values.shape[1:])
     if is_extension(kind, RAY_VARIABLE):
         sizes = _sizes(array, column)
@@ -262,13 +267,14 @@ def _rows(array: Any, column: Column, outermost: bool = True) -> torch.Tensor:
             spans = " x ".join(f"{low}..{high}" for low, high in zip(sizes.min(0), sizes.max(0), strict=True))
             raise ValueError(ragged_error(column, f"its rows have shapes {spans}", outermost))
         shape = sizes[0].tolist() if count else [0] * kind.ndim
-        # Through the items, since rows of shape (2, 0) and (3, 0) are lists of one length.
+        # Not from the lengths of the lists: rows of shape (2, 0) and (3, 0) have the same length.
         data = array.storage.field("data")
-        return _rows(_items(data, _offsets(data)), column, outermost=False).view(count, *shape)
-    values = _rows(array.storage, column, outermost).view(count, *kind.shape)
+        values = _rows(_items(data, _offsets(data)), column, outermost=False, numbers_of=numbers_of)
+        return values.view(count, *shape)
+    values = _rows(array.storage, column, outermost, numbers_of).view(count, *kind.shape)
     if getattr(kind, "permutation", None):
-        # kind.shape is how the bytes lie; dimension i of a row is dimension permutation[i] of them. Arrow's own
-        # to_tensor() gets the strides of longer cycles wrong.
+        # kind.shape is the order of the bytes. Dimension i of a row is dimension permutation[i] of the bytes. Arrow's
+        # to_tensor() returns wrong strides for longer cycles.
         values = values.permute(0, *(dimension + 1 for dimension in kind.permutation))
     return values
 
@@ -279,26 +285,22 @@ def _ragged_rows(array: Any, column: Column) -> tuple[torch.Tensor, Int64s]:
         raise ValueError(nulls_within(column, array))
     if is_list(array.type):
         offsets = _offsets(array)
-        return _rows(_items(array, offsets), column, outermost=False), np.diff(offsets)[:, None]
+        return _rows(_items(array, offsets), column, False, _shared_numbers), np.diff(offsets)[:, None]
     data = array.storage.field("data")
-    return _rows(_items(data, _offsets(data)), column, outermost=False), _sizes(array, column)
+    return _rows(_items(data, _offsets(data)), column, False, _shared_numbers), _sizes(array, column)
 
 
-def _numbers(array: Any) -> torch.Tensor:
+def _tensor_over(array: Any, memory_at: Callable[[int, int, object], Any]) -> torch.Tensor:
     """Return a tensor over the bytes of an array of numbers, which live as long as the tensor.
 
-    Not `torch.from_numpy` or `torch.frombuffer` of the array, which warn of read-only memory on each healthy
-    batch; that warning is this module's Note [A batch is shared memory].
+    Not `torch.from_numpy` or `torch.frombuffer` of the array: they warn of read-only memory at every batch.
     """
     dtype = DTYPES[array.type.id]
     if not len(array):
         return torch.empty(0, dtype=dtype)
     buffer = array.buffers()[1]
-    memory = (ctypes.c_char * (len(array) * dtype.itemsize)).from_address(
-        buffer.address + array.offset * dtype.itemsize
-    )
-    memory.owner = buffer  # type: ignore[attr-defined]
-    return torch.frombuffer(memory, dtype=dtype)
+    address = buffer.address + array.offset * dtype.itemsize
+    return torch.frombuffer(memory_at(address, len(array) * dtype.itemsize, buffer), dtype=dtype)
 
 
 def _offsets(array: Any) -> Int64s:
@@ -330,28 +332,26 @@ def _sizes(array: Any, column: Column) -> Int64s:
 
 
 def tensor_to_column(values: torch.Tensor | Sequence[torch.Tensor]) -> pa.Array:
-    """Return the Arrow column that a reader of Ray Data expects for a tensor, or for a tensor a row.
+    """Return the Arrow column that a reader of Ray Data expects for a tensor, or for one tensor per row.
 
-    - A tensor of shape (rows,) gives plain numbers (or bools).
-    - A tensor of shape (rows, *row shape) gives the tensor column that Ray Data itself would make: the one set
-      in `DataContext.arrow_fixed_shape_tensor_format`, by default Ray's own V2, in which all formats of Ray Data
-      find the shape again. Set it to `ARROW_NATIVE` for readers outside Ray: the column is then an
-      `arrow.fixed_shape_tensor`.
-    - A list of tensors, a tensor a row, of shape (length,) gives a list column, and of more dimensions Ray's
-      tensor column of variable shape: also where all rows happen to be of one shape, so that a column has one
-      type in all batches.
+    - A tensor of shape (rows,) gives plain numbers, or bools.
+    - A tensor of shape `(rows, *row_shape)` gives the tensor column that Ray Data would make. Its format is
+      `DataContext.arrow_fixed_shape_tensor_format`, by default Ray's V2, whose shape all batch formats of Ray Data
+      keep. Set it to `ARROW_NATIVE` for readers outside Ray. The column is then an `arrow.fixed_shape_tensor`.
+    - A list with one tensor per row gives a list column if the tensors have one dimension, else Ray's tensor column
+      of variable shape. This holds also if all rows have one shape, so that the column has one type in all batches.
 
-    One tensor is not copied if it is contiguous, on the CPU and of a dtype that Arrow has: the column then shows
-    the tensor's memory, so do not write to it afterwards. Bools are packed into bits, bfloat16 and float8 become
-    float32, which holds them exactly. Rows of a list are copied once, into one block. The column has no gradient.
+    A single tensor is not copied if it is contiguous, on the CPU, and of a dtype that Arrow has. The column then is
+    a view of the tensor's memory, so do not write to the tensor afterwards. Bools are packed into bits. bfloat16 and
+    float8 become float32, which is exact. Rows of a list are copied once, into one block. The column has no gradient.
 
     Args:
         values: A tensor with the rows as its first dimension, or a list of tensors of one dtype and one number of
-            dimensions. Any device.
+            dimensions, on any device.
 
     Raises:
-        TypeError: Arrow has no form for the dtype (complex, quantized) or the layout (sparse, nested), the rows
-            of a list differ in dtype, or something is not a tensor.
+        TypeError: Arrow has no type for the dtype (complex, quantized) or layout (sparse, nested), the rows of a list
+            differ in dtype, or a value is not a tensor.
         ValueError: A tensor has no dimension for the rows, the rows of a list differ in how many dimensions they
             have, or the list is empty.
 
@@ -366,13 +366,13 @@ def tensor_to_column(values: torch.Tensor | Sequence[torch.Tensor]) -> pa.Array:
     if not isinstance(values, torch.Tensor):
         if not isinstance(values, Iterable) or isinstance(values, (str, bytes, Mapping)):
             raise TypeError(
-                f"a column is made of a tensor, or of a list with a tensor a row, not of a "
+                f"a column is made of a tensor, or of a list with one tensor per row, not of a "
                 f"{type(values).__module__}.{type(values).__qualname__}."
             )
         return _rows_to_column(list(values))
     if values.ndim == 0:
-        raise ValueError("a tensor of shape () has no rows to make a column of. Give it some: tensor.reshape(1).")
-    array = _to_numpy(values, "the tensor")
+        raise ValueError("a tensor of shape () has no rows. Give it a dimension for the rows: tensor.reshape(1).")
+    array = to_numpy(values, "the tensor")
     if array.ndim == 1:
         return pa.array(array)
     from ray.data.extensions import ArrowTensorArray  # 0.7 s to import, unless Ray Data is running
@@ -385,54 +385,31 @@ def _rows_to_column(rows: list[Any]) -> pa.Array:
         if not isinstance(row, torch.Tensor):
             raise TypeError(
                 f"row {number} is a {type(row).__module__}.{type(row).__qualname__}, not a tensor. Give a tensor "
-                f"for all rows or a list with a tensor a row; pa.array takes plain values."
+                f"for all rows or a list with one tensor per row. For plain values use pa.array."
             )
     if not rows:
-        raise ValueError("an empty list says no type for a column. Give a tensor without rows: torch.empty(0, ...).")
+        raise ValueError("an empty list gives a column no type. Give a tensor without rows: torch.empty(0, ...).")
     dtypes = sorted({str(row.dtype) for row in rows})
     if len(dtypes) > 1:
-        raise TypeError(f"the rows are of {' and '.join(dtypes)}, and a column has one type. Cast them to one dtype.")
+        raise TypeError(f"the rows are {' and '.join(dtypes)}, and a column has one type. Cast them to one dtype.")
     dimensions = sorted({row.ndim for row in rows})
     if len(dimensions) > 1 or dimensions == [0]:
         raise ValueError(
-            f"the rows are tensors of {' and '.join(map(str, dimensions))} dimensions. Give rows of one number of "
-            f"dimensions, at least 1; torch.stack makes a tensor of single numbers."
+            f"the rows are tensors of {' and '.join(map(str, dimensions))} dimensions. Give all rows the same number "
+            f"of dimensions, at least 1. For single numbers use torch.stack(rows)."
         )
-    arrays = [_to_numpy(row, f"row {number}") for number, row in enumerate(rows)]
+    arrays = [to_numpy(row, f"row {number}") for number, row in enumerate(rows)]
     if dimensions == [1]:
         offsets = np.cumsum([0, *map(len, arrays)])
         if offsets[-1] > np.iinfo(np.int32).max:
             raise ValueError(
                 f"the rows have {offsets[-1]} values, and a list column holds 2**31-1. Make the batch smaller."
             )
-        items = pa.array(np.concatenate(arrays))  # copy: the rows lie apart, and a list column is one block
+        items = pa.array(np.concatenate(arrays))  # copy: a list column is one block of memory
         return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), items)
     from ray.data.extensions import ArrowVariableShapedTensorArray
 
     each = np.empty(len(arrays), dtype=object)
-    for number, array in enumerate(arrays):  # numpy would take equal shapes for one array of more dimensions
+    for number, array in enumerate(arrays):  # numpy would make one array of equal shapes
         each[number] = array
     return ArrowVariableShapedTensorArray.from_numpy(each)  # copy: as above
-
-
-def _to_numpy(tensor: torch.Tensor, what: str) -> npt.NDArray[Any]:
-    """Return a tensor's values as a contiguous array of a type that Arrow has, its own memory where possible."""
-    if tensor.is_nested:  # of layout strided, or jagged
-        raise TypeError(f"{what} is nested, for which Arrow has no column. Give list(tensor.unbind()).")
-    if tensor.layout != torch.strided:
-        raise TypeError(
-            f"{what} is of layout {tensor.layout}, for which Arrow has no column. Give tensor.to_dense()."
-        )
-    if tensor.dtype not in _TO_ARROW:
-        remedy = "tensor.dequantize()" if tensor.is_quantized else "a tensor of another dtype"
-        if tensor.dtype.is_complex:
-            remedy = "torch.view_as_real(tensor)"
-        raise TypeError(f"{what} is of {tensor.dtype}, for which Arrow has no type. Give {remedy}.")
-    if tensor.device.type == "meta":
-        raise TypeError(f"{what} is on the meta device, so it has no values. Materialize it first.")
-    tensor = tensor.detach().cpu()  # copy: only from a device
-    if tensor.dtype in _AS_FLOAT32:
-        tensor = tensor.to(torch.float32)  # copy: Arrow has no such type; float32 holds each value exactly
-    tensor = tensor.resolve_neg().contiguous()  # copy: only of a negated or strided view
-    array: npt.NDArray[Any] = tensor.numpy()
-    return array

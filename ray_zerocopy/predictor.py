@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import pyarrow as pa
@@ -12,12 +14,16 @@ import torch
 
 from . import actor
 from ._batch import defaults
-from ._batch.defaults import Columns
-from ._batch.run import BatchRunner, log
-from ._batch.subclass import OPTIONS, bind, check_complete, class_name, no_model_message, overridden_methods
+from ._batch.cores import describe_pool, usable_cores
+from ._batch.options import OPTIONS, Columns, Options, check_options
+from ._batch.run import BatchRunner
+from ._batch.subclass import bind, check_complete, class_name, no_model_message, overridden_methods
 from ._batch.totals import Totals
+from ._batch.warmup import Start, describe_start, is_constructed_by, warm_up
 from ._device.choose import DeviceLike
+from ._model import startup
 from ._store.ref import Loaded, ModelRef, check, format_bytes
+from .errors import log
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -27,7 +33,7 @@ __all__ = ["ZeroCopyPredictor"]
 _AS_THE_CLASS: Any = type("", (), {"__repr__": lambda self: "<as the class says>"})()
 
 
-class ZeroCopyPredictor:
+class ZeroCopyPredictor(Options):
     """Base class for callable classes that Ray Data runs on an actor pool, with a model loaded without a copy.
 
     The life of a subclass in `ds.map_batches`:
@@ -39,17 +45,19 @@ class ZeroCopyPredictor:
        the classes of a module by name.
     2. In each actor, `__init__` loads the model and logs one line: what, how fast, and how much is shared.
        `self.model` and `self.device` exist from then on. A subclass with an `__init__` calls `super().__init__()`.
-    3. Each batch runs under `torch.inference_mode()`. It becomes a `pyarrow.Table`, whatever the batch format.
-       `preprocess` turns it into the model's inputs, which are copied to `self.device`. `predict` calls the model.
-       Its outputs are copied to the host. `postprocess` turns them into rows. `predict` always runs in one dedicated
-       thread, so the model needs no lock. With `micro_batch_size`, three parts of a batch are in the three methods
-       at the same time.
+    3. Each batch runs under `torch.inference_mode()`, unless `inference_mode=False`. It becomes a `pyarrow.Table`,
+       whatever the batch format. `preprocess` turns it into the model's inputs, which are copied to `self.device`.
+       `predict` calls the model.
+       Its outputs are copied to the host. `postprocess` turns them into rows. All run in the thread in which Ray Data
+       calls. With `micro_batch_size` or `sort_by`, `predict` runs in a second thread, so that the model works on one
+       part of the batch while `preprocess` and `postprocess`, in turns, work on others. If Ray Data calls in several
+       threads, one call of `predict` runs at a time, and one call of the other methods.
     4. The predictor logs where the time went: after the first batch, then less and less often up to once a minute,
        and when the actor ends. `self.totals` has the numbers. `ray.util.metrics` gets them as `ray_zerocopy_*`, with
        the tag `predictor`.
 
-    Ray Data restarts a crashed worker and retries its batch indefinitely. Pass `max_restarts=3, max_task_retries=3`
-    to `ds.map_batches` to limit that.
+    Ray Data restarts a crashed worker and retries its batch indefinitely. Until Ray 2.63,
+    `ds.map_batches(..., max_restarts=3, max_task_retries=3)` limits that.
 
     `input_columns` replaces `preprocess`, and `output_column` replaces `postprocess`. All options below can be class
     attributes, options of `using`, or keyword arguments of the constructor. The constructor overrides `using`, and
@@ -81,37 +89,6 @@ class ZeroCopyPredictor:
 
     model_ref: ClassVar[ModelRef | None] = None
 
-    input_columns: Columns | None = None
-    """The columns that become the model's inputs: one name for one argument, several names for positional arguments,
-    or a mapping from column to argument name. `column_to_tensor` reads them without a copy. Floating-point columns
-    are cast to the dtype of the weights."""
-    output_column: str | Mapping[Any, str] | None = None
-    """The column for the model's output, which is a tensor with one row for each row of the batch, or a list with one
-    tensor for each row. For several outputs: a mapping from key, attribute or position to the column's name."""
-    keep_columns: bool | str | Sequence[str] = True
-    """Which columns of the batch stay beside `output_column`: all, none (`False`), or those named."""
-    dtype: torch.dtype | None = None
-    """The dtype to compute in. If the weights already have it (call `model.to(dtype)` before sharing; this is the
-    fast way), inputs are cast to it. Otherwise each forward runs under `torch.autocast`, for bfloat16 and float16.
-    Weights are never cast in a worker, because each worker would then have a copy."""
-    compile: bool | Mapping[str, Any] = False
-    """Whether `torch.compile` compiles the model, at the first batch. A mapping is passed on as options. The compiled
-    code uses the shared weights. Freezing (an option of inductor) would copy them."""
-
-    micro_batch_size: int | None = None
-    """The number of rows that go through the stages together; by default the whole batch. While one part is in the
-    model, the next is in `preprocess` and the previous one in `postprocess`, each method in one thread. The result
-    for a row must depend on that row alone. Outputs keep their order and equal those of the whole batch up to
-    rounding: a matrix product may add in another order for another number of rows."""
-    on_error: Literal["raise", "null"] = "raise"
-    """What happens to rows on which `preprocess` raises. With "null" they do not end the job. A column `error` says
-    what was raised, and is null for the other rows; only those reach the model and `postprocess`, which must return
-    one row for each. Columns that `postprocess` passes on unchanged (the same Arrow memory) keep their values. Other
-    columns are null for failed rows. Ray Data cannot read nulls in tensor columns, so these have NaN, 0 for integers,
-    or an empty tensor where shapes vary. To find the failed rows, `preprocess` runs on halves of the batch, and on
-    halves of these. If all rows of a batch fail, the columns of an earlier batch of this actor are used. If there was
-    none, the batch has only the kept columns and `error`, with a warning."""
-
     model: Any
     """The loaded model."""
     device: torch.device
@@ -127,13 +104,21 @@ class ZeroCopyPredictor:
         *,
         device: DeviceLike = None,
         require_isolation: bool = False,
+        timeout: float | None = None,
         input_columns: Columns | None = _AS_THE_CLASS,
         output_column: str | Mapping[Any, str] | None = _AS_THE_CLASS,
         keep_columns: bool | str | Sequence[str] = _AS_THE_CLASS,
         dtype: torch.dtype | None = _AS_THE_CLASS,
         compile: bool | Mapping[str, Any] = _AS_THE_CLASS,
-        micro_batch_size: int | None = _AS_THE_CLASS,
+        warmup: pa.Table | Mapping[str, Any] | Callable[..., Any] | None = _AS_THE_CLASS,
+        inference_mode: bool = _AS_THE_CLASS,
+        sort_by: str | Callable[[pa.Table], Any] | None = _AS_THE_CLASS,
+        micro_batch_size: int | Literal["auto"] | None = _AS_THE_CLASS,
+        micro_batch_tokens: int | None = _AS_THE_CLASS,
+        preserve_order: bool = _AS_THE_CLASS,
+        concurrent_stages: bool = _AS_THE_CLASS,
         on_error: Literal["raise", "null"] = _AS_THE_CLASS,
+        error_column: str | None = _AS_THE_CLASS,
     ) -> None:
         """Load the model.
 
@@ -141,37 +126,43 @@ class ZeroCopyPredictor:
             model_ref: What `prepare_model_for_actors` returned; by default the class attribute.
             device: As for `load_model_in_actor`.
             require_isolation: As for `load_model_in_actor`.
-            input_columns: Overrides the class attribute of this name, like the options that follow.
+            timeout: As for `load_model_in_actor`.
+            input_columns: Overrides the class attribute of this name, like each option that follows.
             output_column: As above.
             keep_columns: As above.
             dtype: As above.
             compile: As above.
+            warmup: As above.
+            inference_mode: As above.
+            sort_by: As above.
             micro_batch_size: As above.
+            micro_batch_tokens: As above.
+            preserve_order: As above.
+            concurrent_stages: As above.
             on_error: As above.
+            error_column: As above.
 
         Raises:
-            TypeError: No model was given, or it is not a `ModelRef`; `preprocess` or `postprocess` is neither written
-                nor replaced by an option; or an option has the wrong type.
-            ModelLostError: The model is no longer in the store.
-            ValueError: The device is unknown, or not this worker's; the weights would have to be cast to `dtype`; two
-                outputs have one column, or two columns one argument.
+            TypeError: No `ModelRef` was given, a method is missing, or an option has the wrong type.
+            ModelLostError, ModelTimeoutError: The model is not in the store, or did not arrive within `timeout`.
+            ValueError: The device is not this worker's, `dtype` would cast weights, or two outputs have one name.
         """
         given = locals()
-        for option in OPTIONS:
-            if given[option] is not _AS_THE_CLASS:
-                setattr(self, option, given[option])
+        for option in (name for name in OPTIONS if given[name] is not _AS_THE_CLASS):
+            setattr(self, option, given[option])
         check_complete(self, type(self), ZeroCopyPredictor)
-        defaults.check_options(self, class_name(type(self)))
-        if model_ref is None:
-            model_ref = self.model_ref
+        check_options(self, class_name(type(self)))
+        model_ref = self.model_ref if model_ref is None else model_ref
         if model_ref is None:
             raise TypeError(no_model_message(type(self)))
-        self._load(model_ref, device, require_isolation)
+        self._load(model_ref, device, require_isolation, timeout)
+        if is_constructed_by(type(self), ZeroCopyPredictor):
+            self.warm_up()
 
-    def _load(self, model_ref: ModelRef, device: DeviceLike, require_isolation: bool) -> None:
+    def _load(self, model_ref: ModelRef, device: DeviceLike, require_isolation: bool, timeout: float | None) -> None:
         cls = type(self)
         name = class_name(cls)
-        self.loaded = loaded = actor.load_one(model_ref, device, require_isolation=require_isolation)
+        self.loaded = loaded = actor.load_one(model_ref, device, require_isolation=require_isolation, timeout=timeout)
         self.model, self.device = loaded.model, loaded.device
         dtypes = defaults.plan_dtypes(self.model, self.dtype, self.input_columns is not None, name)
         if self.compile:
@@ -179,15 +170,29 @@ class ZeroCopyPredictor:
         private = loaded.private + model_ref.carried_nbytes
         self.totals = Totals(name, loaded.seconds, loaded.shared, private)
         weakref.finalize(self, _log_totals, self.totals)
-        self._runner = BatchRunner(
+        self._new_runner = functools.partial(
+            BatchRunner,
             overridden=overridden_methods(cls, ZeroCopyPredictor),
             name=name,
             device=self.device,
             dtypes=dtypes,
-            copy_streams=self.micro_batch_size is not None,
-            totals=self.totals,
+            copy_streams=self.micro_batch_size is not None or self.sort_by is not None,
+            few_shapes=bool(self.compile),
+            concurrent_stages=self.concurrent_stages,
+            inference_mode=self.inference_mode,
         )
-        log(_describe_load(name, model_ref, loaded, private))
+        self._runner = self._new_runner(totals=self.totals)
+        imports = startup.import_seconds() + loaded.import_seconds
+        self._start = Start(startup.process_seconds(), imports, loaded.seconds)
+        log(f"{_describe_load(name, model_ref, loaded, private)}; {describe_start(self._start)}")
+
+    def warm_up(self) -> None:
+        """Take the batch of `warmup` through the three methods. The constructor calls this method."""
+        name = class_name(type(self))
+        if self.warmup is not None:
+            runner = self._new_runner(totals=Totals(name, 0.0, 0, 0, metrics=False))
+            start, rows = warm_up(self, runner, name, self._start)
+            log(f"{name}: warm with {rows} rows (pid {os.getpid()}); {describe_start(start)}")
 
     @classmethod
     def using(cls, model_ref: ModelRef, **options: Any) -> type[Self]:
@@ -210,10 +215,9 @@ class ZeroCopyPredictor:
         return cast("type[Self]", bind(cls, ZeroCopyPredictor, model_ref, options))
 
     def __reduce__(self) -> Any:
-        name = class_name(type(self))
         raise TypeError(
-            f"an instance of {name} cannot be pickled: it has a loaded model and threads. Pass the class, and each "
-            f"worker makes an instance: ds.map_batches({name}.using(model_ref))."
+            f"an instance of {class_name(type(self))} cannot be pickled: it has a loaded model and threads. Pass the "
+            f"class, and each worker makes an instance: ds.map_batches({class_name(type(self))}.using(model_ref))."
         )
 
     # ------------------------------------------------------------ for subclasses to write
@@ -221,8 +225,8 @@ class ZeroCopyPredictor:
     def preprocess(self, batch: pa.Table) -> Any:
         """Turn a batch into the model's inputs: a tensor, or a mapping from argument name to tensor.
 
-        The default reads `input_columns`. The tensors are the batch's own memory, so clone them here if the model
-        writes to its inputs.
+        The default reads `input_columns`. The tensors are private views of the batch, copy-on-write: a model that
+        writes to its inputs copies the pages that it writes, and never changes the dataset.
 
         Args:
             batch: The rows that Ray Data gives, as Arrow.
@@ -240,8 +244,9 @@ class ZeroCopyPredictor:
         the one argument. Override the method to call another method of the model, or to reduce large outputs before
         they leave the device. Outputs on the CPU are not copied: clone them if the model reuses its output buffer.
         """
-        if inputs is None:
-            raise TypeError(f"{class_name(type(self))}.preprocess returned None. Return the model's inputs.")
+        if inputs is None or inspect.isawaitable(inputs):
+            what = "None" if inputs is None else "a coroutine"
+            raise TypeError(f"{class_name(type(self))}.preprocess returned {what}. Return the model's inputs.")
         if isinstance(inputs, Mapping):
             return self.model(**inputs)
         if isinstance(inputs, defaults.Arguments):
@@ -274,8 +279,7 @@ class ZeroCopyPredictor:
             type.
         """
         if not hasattr(self, "totals"):
-            name = class_name(type(self))
-            raise TypeError(f"{name}.__init__ loaded no model. Call super().__init__(model_ref) in it.")
+            raise TypeError(f"{class_name(type(self))}.__init__ loaded no model. Call super().__init__(model_ref).")
         return self._runner.run(self, batch)
 
 
@@ -286,9 +290,10 @@ def _log_totals(totals: Totals) -> None:
 
 def _describe_load(name: str, model_ref: ModelRef, loaded: Loaded, private: int) -> str:
     imports = loaded.import_seconds
+    pool = f"; {describe_pool(torch.get_num_threads(), usable_cores())}" if loaded.device.type == "cpu" else ""
     return (
         f"{name}: {model_ref.class_name} loaded in {loaded.seconds * 1000:.1f} ms "
         f"{f'(and its classes imported in {imports:.1f} s) ' if imports >= 0.1 else ''}on {loaded.device}: "
         f"{format_bytes(loaded.shared)} shared, {format_bytes(private)} private, "
-        f"writes {'isolated' if loaded.isolated else 'NOT isolated'} (pid {os.getpid()})"
+        f"writes {'isolated' if loaded.isolated else 'NOT isolated'} (pid {os.getpid()}){pool}"
     )

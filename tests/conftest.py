@@ -10,6 +10,8 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# A new Ray starts an idle worker for each CPU. The tests start many Rays, and need few of these workers.
+os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 # Workers import what a test module defines by the module's name, so every folder of tests must be on their path.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [
@@ -22,6 +24,20 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 import pytest
 import ray
 import torch
+
+# Files that take minutes start first, so that the processes of `pytest -n 2` end at about the same time.
+SLOWEST = (
+    "test_examples.py",
+    "test_docs.py",
+    "test_predictor.py",
+    "test_actor.py",
+    "test_loaders.py",
+    "test_invoke.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: SLOWEST.index(item.path.name) if item.path.name in SLOWEST else len(SLOWEST))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Describe an object graph independently of the library, so that two graphs can be compared part by part."""
+"""Describe an object graph without the library, so that tests can compare two graphs part by part."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ _ATOMS = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.
 
 
 def describe(obj: object, *, flags: bool = True) -> list[tuple[Any, ...]]:
-    """Return one line a part of the graph: path, type, and for tensors everything that a user can see.
+    """Return one line per part of the graph: path, type, and for tensors everything that a user can see.
 
-    Objects and storages are numbered in the order they are met, so equal descriptions mean equal aliasing.
+    Objects and storages are numbered in the order of the walk, so equal descriptions mean equal aliasing.
     With `flags=False`, train mode and requires_grad are left out.
     """
     lines: list[tuple[Any, ...]] = []
@@ -39,12 +39,12 @@ def describe(obj: object, *, flags: bool = True) -> list[tuple[Any, ...]]:
         lines.append((path, kind))
         if isinstance(part, torch.Tensor):
             lines.append((path, *tensor_facts(part, storages, alive, flags)))
-            if not part.is_nested:  # whose attributes are numbers that this process gave it
+            if not part.is_nested:  # its attributes are numbers that differ by process
                 visit(dict(vars(part)), path + ".__dict__")
         elif isinstance(part, torch.jit.ScriptModule):
             if flags:
                 lines.append((path, getattr(part, "training", None)))
-            # As torch.jit.load gives them: RecursiveScriptModule, and tensors that are no Parameter to Python.
+            # As torch.jit.load returns them: a RecursiveScriptModule, with tensors that are no Parameters in Python.
             named = [*part.named_parameters(), *part.named_buffers()]
             visit([(name, tensor.detach(), flags and tensor.requires_grad) for name, tensor in named], path)
             lines.append((path, re.sub(r"___torch_mangle_\d+\.", "", part.code)))
@@ -60,9 +60,9 @@ def describe(obj: object, *, flags: bool = True) -> list[tuple[Any, ...]]:
         elif hasattr(part, "__dict__") and not isinstance(part, type) and not callable_only(part):
             for name, value in sorted(vars(part).items()):
                 if name.startswith("__"):
-                    continue  # what functools.update_wrapper left, which is not pickled
+                    continue  # set by functools.update_wrapper, and not pickled
                 if isinstance(part, torch.fx.GraphModule) and name == "_graph":
-                    value = part.code  # a graph is pickled as the code that it stands for
+                    value = part.code  # torch pickles a graph as its code
                 visit(value, f"{path}.{name}")
 
     visit(obj, "")
@@ -70,12 +70,12 @@ def describe(obj: object, *, flags: bool = True) -> list[tuple[Any, ...]]:
 
 
 def callable_only(part: object) -> bool:
-    """Tell functions and modules of Python, whose insides are not the model's."""
+    """Tell whether a part is a function, module, method or weak reference, whose attributes are not the model's."""
     return type(part).__name__ in ("function", "builtin_function_or_method", "module", "method", "weakref")
 
 
 def tensor_facts(tensor: torch.Tensor, storages: dict[int, int], alive: list[object], flags: bool) -> tuple[Any, ...]:
-    """Return what tells a tensor from another: dtype, shape, stride, bits, values, storage, flags."""
+    """Return everything that distinguishes two tensors: dtype, shape, stride, bits, values, storage, flags."""
     if torch.nn.parameter.is_lazy(tensor):
         return ("uninitialized", str(type(tensor)))
     if tensor.is_nested and tensor.layout is torch.strided:
@@ -98,7 +98,7 @@ def tensor_facts(tensor: torch.Tensor, storages: dict[int, int], alive: list[obj
 
 
 def digest(tensor: torch.Tensor) -> str:
-    """Return a hash of a tensor's values, bit for bit."""
+    """Return a hash of the bits of a tensor's values."""
     with torch.no_grad():
         plain = tensor.detach()
         if plain.is_meta:
@@ -120,7 +120,7 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 def pieces(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """Return the tensors with a storage that a tensor is made of."""
+    """Return the tensors whose storages hold the bytes of a tensor."""
     if torch.nn.parameter.is_lazy(tensor) or tensor.is_meta:
         return []
     if hasattr(tensor, "__tensor_flatten__"):

@@ -1,4 +1,4 @@
-"""Small named models, each with one thing that sharing could get wrong; and inputs for those that can be called."""
+"""Small named models, each with one property that sharing could break, and example inputs of the callable ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 
 class Case(NamedTuple):
-    """A model by name: `make` builds it, `args` calls it (None: it is not callable)."""
+    """A named model: `make` builds it, and `args` returns an example input (None: the model is not callable)."""
 
     name: str
     make: Callable[[], Any]
@@ -24,7 +24,7 @@ CASES: dict[str, Case] = {}
 
 
 def case(args: Callable[[], tuple[Any, ...]] | None = None) -> Callable[[Callable[[], Any]], Callable[[], Any]]:
-    """Register a function that builds a model, seeded, under its own name."""
+    """Register a function that builds a model under the function's name. Seeds torch before each build."""
 
     def register(make: Callable[[], Any]) -> Callable[[], Any]:
         def seeded() -> Any:
@@ -38,7 +38,7 @@ def case(args: Callable[[], tuple[Any, ...]] | None = None) -> Callable[[Callabl
 
 
 def rows(*shape: int) -> Callable[[], tuple[Any, ...]]:
-    """Return a function that makes one seeded random input."""
+    """Return a function that makes a seeded random input of this shape."""
 
     def make() -> tuple[Any, ...]:
         return (torch.randn(*shape, generator=torch.Generator().manual_seed(1)),)
@@ -140,7 +140,7 @@ def one_storage_two_dtypes() -> Any:
 
 
 class Odd(nn.Module):
-    """Tensors where `state_dict` does not look, and tensors with nothing in them."""
+    """Tensors that are not in `state_dict`, and empty tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ def odd_places() -> nn.Module:
 
 
 class Counter(nn.Module):
-    """Counts its calls in a buffer: a write in every forward."""
+    """Counts its calls in a buffer, so that every forward writes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ def counter() -> nn.Module:
 
 
 def double_output(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-    """Be a forward hook that matters to the result."""
+    """Change the result, as a forward hook."""
     return output * 2
 
 
@@ -253,7 +253,7 @@ def hugging_face_encoder() -> nn.Module:
 
 @case(lambda: (torch.arange(6)[None],))
 def hugging_face_encoder_that_has_run() -> nn.Module:
-    """It has hooks by then, which note hidden states in an object that transformers has at module level."""
+    """Return a model after a call: transformers' hooks then write hidden states to a global of their module."""
     from transformers import BertModel
 
     config = _bert_config()
@@ -344,7 +344,7 @@ def pruned() -> nn.Module:
 
 @case(rows(3, 8))
 def graph_module() -> nn.Module:
-    """Return one that was changed after tracing: its modules are in another order than its code, one is unused."""
+    """Return a GraphModule that was changed after tracing: the order of its modules is not that of its code."""
     net = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)))
     net.add_submodule("before.linear", nn.Linear(8, 8))
     net.register_buffer("shift", torch.randn(8), persistent=False)
@@ -406,11 +406,11 @@ class Marked(nn.Parameter):
 
 
 class Noted(torch.Tensor):
-    """A tensor subclass without a representation of its own."""
+    """A tensor subclass that adds nothing."""
 
 
 class PairTensor(torch.Tensor):
-    """A tensor subclass made of two tensors, as quantized ones are: values and scale."""
+    """A tensor subclass made of two tensors, values and scale, as quantized tensors are."""
 
     @staticmethod
     def __new__(cls, values: torch.Tensor, scale: torch.Tensor) -> PairTensor:
@@ -439,7 +439,7 @@ class PairTensor(torch.Tensor):
 
 
 class Represented(nn.Module):
-    """Parameters and buffers that are more than dtype, shape and stride."""
+    """Parameters and buffers with attributes, subclasses and a sparse layout."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -503,7 +503,7 @@ def dynamically_quantized() -> nn.Module:
 
 
 class WithState(nn.Module):
-    """Extra state, and a __getstate__ and __setstate__ of its own."""
+    """Defines __getstate__, __setstate__ and extra state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -535,13 +535,6 @@ def own_getstate() -> nn.Module:
     return nn.Sequential(WithState())
 
 
-@case()
-def lazy_and_meta() -> Any:
-    with torch.device("meta"):
-        skeleton = nn.Linear(4, 4)
-    return nn.ModuleList([nn.LazyLinear(4), skeleton, nn.LazyBatchNorm1d()])
-
-
 @case(rows(2, 4))
 def with_gradients_and_activations() -> nn.Module:
     net = nn.Linear(4, 4)
@@ -557,7 +550,7 @@ def built_in_inference_mode() -> nn.Module:
 
 
 def backward_hook(module: nn.Module, inputs: Any, outputs: Any) -> None:
-    """Be a backward hook."""
+    """Do nothing, as a backward hook."""
 
 
 @case(rows(3, 8))
@@ -578,7 +571,7 @@ def exported_program() -> Any:
 
 
 class Recurrent(nn.Module):
-    """Something to script: submodules, a loop, attributes, a tie."""
+    """A module to script: it has submodules, a loop, attributes and a tie."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -598,7 +591,7 @@ class Recurrent(nn.Module):
 
 
 def quietly(make: Callable[[], Any]) -> Any:
-    """Call `make` without torch.jit's warning that it is deprecated."""
+    """Call `make` without torch.jit's deprecation warning."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return make()
@@ -642,7 +635,7 @@ def scripted_halves() -> Any:
 
 @case(rows(2, 8))
 def traced_many_ways() -> Any:
-    """One module, one Parameter and one number under several names; a Parameter of part of a storage."""
+    """Return a traced module with a module under two names, and Parameters and buffers over parts of storages."""
 
     class Many(nn.Module):
         def __init__(self) -> None:
@@ -678,7 +671,7 @@ def quantized_convolution() -> nn.Module:
 
 
 class Reduced(nn.Module):
-    """Pickles itself its own way, without flags."""
+    """Defines __reduce__, which loses flags."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -692,11 +685,11 @@ class Reduced(nn.Module):
         return x * self.weight
 
 
-# What each process has to make a copy of for itself: weights packed for the processor.
+# Models with weights packed for the processor, which every process copies.
 PACKED = {"dynamically_quantized", "quantized_convolution"}
-# What has TorchScript in it.
+# Models with TorchScript.
 SCRIPTED = {"scripted", "traced_inside_eager", "frozen_script", "scripted_halves", "traced_many_ways"}
-# What has weights where no list of tensors shows them.
+# Models with weights that no list of tensors has.
 BAKED = {"frozen_script", *PACKED}
 
 NAMES = sorted(CASES)

@@ -1,1 +1,1 @@
-"""The way of a batch through a predictor. Knows no Ray cluster."""
+"""The way of a batch through a predictor. Needs no Ray cluster."""

@@ -1,25 +1,25 @@
-"""What a predictor does where nothing was written: columns to arguments, outputs to columns, dtypes, compiling."""
+"""The default methods of a predictor: columns to arguments, outputs to columns; dtypes and compiling."""
 
 from __future__ import annotations
 
-import numbers
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 
 from .._arrow.columns import columns_of
+from .._model.aoti import CompiledModel
+from .._model.compiled import compile_named
 from ..arrow import column_to_tensor, tensor_to_column
-from .rows import described
+from .options import Columns
+from .tables import described
 
 __all__ = [
     "Arguments",
-    "Columns",
     "Dtypes",
     "append_outputs",
-    "check_options",
     "columns_to_inputs",
     "compile_model",
     "kept",
@@ -27,24 +27,22 @@ __all__ = [
     "weights_dtype",
 ]
 
-Columns = str | Sequence[str] | Mapping[str, str]
-
 _COMPUTED_WITH = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _AUTOCAST = frozenset({torch.float16, torch.bfloat16})
 
 
 class Arguments(tuple):  # type: ignore[type-arg]
-    """Several inputs that go to the model as positional arguments; any other tuple is one argument."""
+    """Several inputs that become positional arguments of the model. Any other tuple is one argument."""
 
 
 # ---------------------------------------------------------------- columns to arguments
 
 
 def columns_to_inputs(batch: pa.Table, columns: Columns, name: str) -> Any:
-    """Return what `input_columns` says as one tensor, as positional `Arguments`, or as a dict of arguments.
+    """Return the columns as one tensor, as positional `Arguments`, or as a dict of keyword arguments.
 
-    Raises ValueError for a column that is not there, has nulls or is ragged, TypeError for one of a type that has
-    no tensor form; the message begins with the class and the option.
+    Raises ValueError if a column is missing, has nulls or is ragged, and TypeError if its type has no tensor form.
+    The message begins with the class and the option.
     """
 
     def tensor(column: str) -> torch.Tensor:
@@ -65,7 +63,7 @@ def columns_to_inputs(batch: pa.Table, columns: Columns, name: str) -> Any:
 
 
 def kept(batch: pa.Table, keep_columns: bool | str | Iterable[str], name: str) -> pa.Table:
-    """Return the columns of the batch that go on beside the outputs."""
+    """Return the columns of the batch that stay beside the outputs."""
     if keep_columns is True:
         return batch
     names = [keep_columns] if isinstance(keep_columns, str) else list(keep_columns or ())
@@ -82,8 +80,8 @@ def append_outputs(
 ) -> pa.Table:
     """Return the `rows` rows of the batch with the model's outputs as columns, in the order of `output_column`.
 
-    Raises TypeError where an output is not there or is no tensor, ValueError where it does not have a row for each
-    of the batch, or where its column is there already.
+    Raises TypeError if an output is missing or not a tensor. Raises ValueError if it does not have one row for each
+    row of the batch, or if the batch already has a column of that name.
     """
     if isinstance(output_column, str):
         columns = {output_column: (outputs, "outputs")}
@@ -92,39 +90,47 @@ def append_outputs(
     for column, (values, what) in columns.items():
         if column in batch.column_names:
             raise ValueError(
-                f"{name}.output_column: the batch has a column '{column}' already. Name another, or leave that one "
-                f"out with keep_columns=[...]."
+                f"{name}.output_column: the batch already has a column '{column}'. Choose another name, or drop "
+                f"the column with keep_columns=[...]."
             )
         try:
-            array = tensor_to_column(_rows(values, rows))
+            array = _to_column(values, rows)
         except (TypeError, ValueError) as error:
             raise type(error)(
-                f"{name}.output_column: the model's {what}, {described(values)}, make no column '{column}': {error}"
-                f"{_offer(values)} Or write postprocess(self, outputs, batch)."
+                f"{name}.output_column: the model's {what}, {described(values)}, cannot become column '{column}': "
+                f"{error}{_offer(values)} Or write postprocess(self, outputs, batch)."
             ) from None
         if len(array) != rows:
             raise ValueError(
                 f"{name}.output_column: the model's {what}, {described(values)}, have {len(array)} rows for a batch "
-                f"of {rows}, so they make no column '{column}'. Write postprocess(self, outputs, batch), which "
-                f"may return any number of rows."
+                f"of {rows}, so they cannot become column '{column}'. Write postprocess(self, outputs, batch), "
+                f"which may return any number of rows."
             )
         batch = batch.append_column(column, array) if batch.num_columns else pa.table({column: array})
     return batch
 
 
-def _rows(values: Any, rows: int) -> Any:
+def _to_column(values: Any, rows: int) -> pa.Array:
     if isinstance(values, torch.Tensor):
-        return values
-    if not isinstance(values, list):  # a tuple is several outputs, also where they are as many as the rows
-        raise TypeError("a column is made of a tensor, or of a list with a tensor a row.")
+        return tensor_to_column(values)
+    if not isinstance(values, list):  # a tuple means several outputs, even if it is as long as the batch
+        raise TypeError("a column is made of a tensor, or of a list with one tensor, number or text for each row.")
     if not values and not rows:
-        return torch.empty(0)
+        return tensor_to_column(torch.empty(0))
+    if values and all(value is None or isinstance(value, _PLAIN) for value in values):
+        return pa.array(values)
+    values = [torch.as_tensor(value) if isinstance(value, (np.ndarray, np.generic)) else value for value in values]
     numbers_only = all(isinstance(value, torch.Tensor) and value.ndim == 0 for value in values)
-    return torch.stack(values) if values and numbers_only else values
+    return tensor_to_column(torch.stack(values) if values and numbers_only else values)
+
+
+_PLAIN = (bool, int, float, str, bytes)
 
 
 def _field(outputs: Any, field: Any, name: str) -> Any:
-    """Return one of several outputs: by key, by attribute, or by position."""
+    """Return one of several outputs by key, attribute or position, or the list of this output of each row."""
+    if isinstance(outputs, (list, tuple)) and outputs and _is_in_rows(outputs, field):
+        return [row[field] if isinstance(row, Mapping) else getattr(row, field) for row in outputs]
     if isinstance(outputs, Mapping) and field in outputs:
         return outputs[field]
     if isinstance(field, str) and not isinstance(outputs, (Mapping, torch.Tensor)) and hasattr(outputs, field):
@@ -133,15 +139,33 @@ def _field(outputs: Any, field: Any, name: str) -> Any:
         outputs = outputs.to_tuple()
     if isinstance(field, int) and isinstance(outputs, (list, tuple)) and -len(outputs) <= field < len(outputs):
         return outputs[field]
-    raise TypeError(
-        f"{name}.output_column: the model returned {described(outputs)}, which has no output {field!r}."
-        f"{_offer(outputs)}"
-    )
+    if isinstance(outputs, list) and not outputs:
+        return outputs  # of no rows
+    what = f"returned {described(outputs)}, which has no output {field!r}."
+    if isinstance(outputs, (list, tuple)) and any(_has(row, field) for row in outputs):
+        row = next(number for number, row in enumerate(outputs) if not _has(row, field))
+        what = f"returned {described(outputs)}, in which row {row} has no output {field!r}."
+    raise TypeError(f"{name}.output_column: the model {what}{_offer(outputs)}")
+
+
+def _is_in_rows(outputs: Sequence[Any], field: Any) -> bool:
+    """Tell whether outputs are a mapping or object for each row, such as a detector's, that all have the field."""
+    return all(_has(row, field) for row in outputs)
+
+
+def _has(row: Any, field: Any) -> bool:
+    """Tell whether the outputs of one row have a field."""
+    if isinstance(row, Mapping):
+        return field in row
+    is_one_value = isinstance(row, (torch.Tensor, np.ndarray, np.generic, list, *_PLAIN))
+    return isinstance(field, str) and not is_one_value and hasattr(row, field)
 
 
 def _offer(outputs: Any) -> str:
-    """Say which fields several outputs have, as a mapping to write."""
+    """Return a sentence with the fields that the outputs have, as a mapping for `output_column`."""
     fields: Iterable[Any] = ()
+    if isinstance(outputs, (list, tuple)) and outputs and all(isinstance(row, Mapping) for row in outputs):
+        outputs = outputs[0]
     if isinstance(outputs, Mapping):
         fields = list(outputs)
     elif hasattr(outputs, "_fields"):
@@ -156,7 +180,7 @@ def _offer(outputs: Any) -> str:
 
 
 class Dtypes:
-    """How `dtype=` is met: inputs cast to `inputs`, and the forward run under autocast to `autocast`."""
+    """How `dtype=` is applied: inputs are cast to `inputs`, and the forward runs under autocast to `autocast`."""
 
     def __init__(self, inputs: torch.dtype | None, autocast: torch.dtype | None) -> None:
         self.inputs = inputs
@@ -164,92 +188,54 @@ class Dtypes:
 
 
 def weights_dtype(model: Any) -> torch.dtype | None:
-    """Return the one dtype of a model's floating parameters, if it is one to compute with."""
-    if not isinstance(model, torch.nn.Module):
+    """Return the dtype of a model's floating-point parameters, if they have one and torch computes in it.
+
+    For a compiled model it is the dtype of its floating-point inputs, because the code takes no other.
+    """
+    if isinstance(model, CompiledModel):
+        found = model.floating_inputs()
+    elif isinstance(model, torch.nn.Module):
+        found = {parameter.dtype for parameter in model.parameters() if parameter.dtype.is_floating_point}
+    else:
         return None
-    found = {parameter.dtype for parameter in model.parameters() if parameter.dtype.is_floating_point}
     return found.pop() if len(found) == 1 and found <= _COMPUTED_WITH else None
 
 
 def plan_dtypes(model: Any, dtype: torch.dtype | None, from_columns: bool, name: str) -> Dtypes:
-    """Return what `dtype` means for a model as it was shared; the weights are never cast here.
+    """Return how `dtype` is applied to a shared model. The weights are never cast here.
 
-    Raises ValueError for a dtype that only casting the weights could meet.
+    Raises ValueError if the weights would have to be cast.
     """
     own = weights_dtype(model)
     if dtype is None:
         return Dtypes(own if from_columns else None, None)
     if dtype == own:
         return Dtypes(own, None)
+    if isinstance(model, CompiledModel):
+        raise ValueError(
+            f"{name}.dtype is {dtype}, and the model was compiled for inputs of {own or 'several dtypes'}. Compile "
+            f"the model that you want to run: prepare_model_for_actors(model.to({dtype}), compile=...)."
+        )
     if dtype in _AUTOCAST:
         return Dtypes(own if from_columns else None, dtype)
     raise ValueError(
         f"{name}.dtype is {dtype}, and the weights are {own or 'not of one floating dtype'}. Casting them in each "
-        f"worker would give each a copy of its own: cast before sharing, prepare_model_for_actors(model.to({dtype}))."
+        f"worker would make a copy for each. Cast before sharing: prepare_model_for_actors(model.to({dtype}))."
     )
 
 
 def compile_model(model: Any, options: bool | Mapping[str, Any], name: str) -> None:
-    """Have torch compile the model's forward, in place, at the first call; the weights stay where they are."""
+    """Make torch compile the model's forward at the first call. The weights are not copied."""
     if not isinstance(model, torch.nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
-            f"{name}.compile is set, and the model is {described(model)}, which torch.compile does not take. "
-            f"Leave compile out."
+            f"{name}.compile is set, but torch.compile cannot compile {described(model)}. Remove the option compile."
         )
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return model._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
-    # As model.compile(), which hands torch's own function over: torch leaves a frame of torch.nn as it is, and so
-    # compiles nothing of a class whose forward is there too, such as Sequential.
-    model._compiled_call_impl = torch.compile(call, **(options if isinstance(options, Mapping) else {}))
-
-
-# ---------------------------------------------------------------- what an option may be
-
-
-def check_options(options: Any, name: str) -> None:
-    """Raise TypeError with the class, the option and what may be given, unless each option is of its kind.
-
-    Raises ValueError where two columns have one argument, or two outputs one column.
-    """
-    inputs, outputs, keep = options.input_columns, options.output_column, options.keep_columns
-    if inputs is not None and not _are_names(inputs, sequence=True, of_mapping=list):
-        raise TypeError(
-            f"{name}.input_columns is {inputs!r}. Give the names of columns, or a mapping from column to the name of "
-            f"an argument of the model."
-        )
-    if outputs is not None and not _are_names(outputs, sequence=False, of_mapping=dict.values):
-        raise TypeError(
-            f"{name}.output_column is {outputs!r}. Give the name of a column, or a mapping from an output of the "
-            f"model to the name of its column."
-        )
-    for option, given in (("input_columns", inputs), ("output_column", outputs)):
-        counts = Counter(given.values() if isinstance(given, Mapping) else ())
-        if twice := [repr(value) for value, count in counts.items() if count > 1]:
-            raise ValueError(
-                f"{name}.{option} names {', '.join(twice)} twice: {given!r}. Give each a name of its own."
-            )
-    if not isinstance(keep, bool) and keep != () and keep != [] and not _are_names(keep, sequence=True):
-        raise TypeError(f"{name}.keep_columns is {keep!r}. Give True, False, or the names of columns.")
-    dtype = options.dtype
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"{name}.dtype is {dtype!r}. Give a floating dtype of torch, such as torch.bfloat16.")
-    if not isinstance(options.compile, (bool, Mapping)):
-        raise TypeError(f"{name}.compile is {options.compile!r}. Give True, False, or options of torch.compile.")
-    size = options.micro_batch_size
-    if size is not None and (not isinstance(size, numbers.Integral) or isinstance(size, bool) or size < 1):
-        raise TypeError(f"{name}.micro_batch_size is {size!r}. Give a number of rows, or None for the whole batch.")
-    if options.on_error not in ("raise", "null"):
-        raise TypeError(f"{name}.on_error is {options.on_error!r}. Give 'raise' or 'null'.")
-
-
-def _are_names(value: Any, sequence: bool, of_mapping: Any = None) -> bool:
-    names: list[Any] = [None]
-    if isinstance(value, str):
-        names = [value]
-    elif isinstance(value, Mapping) and of_mapping:
-        names = list(of_mapping(dict(value)))
-    elif isinstance(value, (list, tuple)) and sequence:
-        names = list(value)
-    return bool(names) and all(isinstance(name, str) for name in names)
+    # Not model.compile(): it compiles a function of torch.nn, and torch skips frames of torch.nn. A class whose
+    # forward is in torch.nn, such as Sequential, would not be compiled at all.
+    model._compiled_call_impl = compile_named(
+        call, f"{name}.compile", options if isinstance(options, Mapping) else {}
+    )

@@ -1,10 +1,11 @@
-"""One batch through a predictor's methods: parts, stages, failed rows, memory errors, totals.
+"""One batch through a predictor's methods: order, micro-batches, stages, failed rows, memory errors, totals.
 
 Note [The way of a batch]
 
-    batch -> table -> micro-batches -> preprocess -> to the device -> predict -> to the host -> postprocess -> rows
+    batch -> table -> sorted -> micro-batches -> preprocess -> to the device -> predict -> to the host -> postprocess
+          -> rows in the batch's own order
 
-`BatchRunner` knows no Ray Data and no Ray: the tests run it on any object that has the three methods.
+`BatchRunner` needs neither Ray Data nor Ray: the tests run it on any object that has the options and the methods.
 """
 
 from __future__ import annotations
@@ -14,68 +15,30 @@ import gc
 import inspect
 import itertools
 import logging
+import time
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 
-from . import defaults, failed_rows
-from .copies import Copies
-from .rows import each_to_rows, joined, to_arrow, to_rows
-from .stages import Stages, annotate_errors, inference_context, ranges
+from ..errors import log
+from .defaults import Dtypes
+from .lengths import SortedBatch, sort_rows
+from .part import Job, Methods, MicroBatches
+from .sizes import PartSizes
+from .stages import DEPTH, Stages, annotate_errors
+from .tables import each_to_rows, joined, to_arrow
 from .totals import Totals
 
-__all__ = ["BatchRunner", "MicroBatch", "log"]
-
-logger = logging.getLogger(__name__.partition(".")[0])
-
-
-class Methods(Protocol):
-    """The object whose methods and options a runner uses."""
-
-    micro_batch_size: int | None
-    on_error: Any
-    keep_columns: Any
-
-    def preprocess(self, batch: pa.Table) -> Any:
-        """Turn rows into the model's inputs."""
-
-    def predict(self, inputs: Any) -> Any:
-        """Call the model."""
-
-    def postprocess(self, outputs: Any, batch: pa.Table) -> Any:
-        """Turn the model's outputs into rows."""
-
-
-@dataclass
-class MicroBatch:
-    """Part of a batch on its way through the stages.
-
-    Attributes:
-        batch: All its rows.
-        good: The rows that `preprocess` accepted.
-        errors: What `preprocess` raised for each of the other rows, by row.
-        values: The model's inputs, then its outputs.
-        event: On a GPU, the event that orders the copies of `values`.
-    """
-
-    batch: pa.Table
-    good: pa.Table
-    errors: dict[int, str]
-    values: Any = None
-    event: Any = None
-
-    @property
-    def all_failed(self) -> bool:
-        return bool(self.errors) and not len(self.good)
+__all__ = ["BatchRunner"]
 
 
 class BatchRunner:
     """Takes batches through `preprocess`, `predict` and `postprocess` of one object.
 
-    The object is an argument of `run` and not kept: a model goes as soon as its predictor goes.
+    The object is an argument of `run` and is not kept, so that the model is freed together with its predictor.
 
     Args:
         overridden: Which of the three methods the user wrote.
@@ -83,6 +46,9 @@ class BatchRunner:
         device: Where the model is.
         dtypes: What inputs are cast to, and whether the forward runs under autocast.
         copy_streams: Whether copies to and from a CUDA device run on streams beside the model.
+        few_shapes: Whether the numbers of rows of micro-batches are powers of two.
+        concurrent_stages: Whether `preprocess` and `postprocess` may run at the same time.
+        inference_mode: Whether the methods run under `torch.inference_mode()`.
         totals: Counts the time and the rows.
     """
 
@@ -92,45 +58,74 @@ class BatchRunner:
         overridden: Collection[str],
         name: str,
         device: torch.device,
-        dtypes: defaults.Dtypes,
+        dtypes: Dtypes,
         copy_streams: bool,
+        few_shapes: bool = False,
+        concurrent_stages: bool = False,
+        inference_mode: bool = True,
         totals: Totals,
     ) -> None:
-        self._overridden = overridden
+        cuda = device.type == "cuda"
         self._name = name
         self._device = device
-        self._autocast = dtypes.autocast
         self._totals = totals
-        self._copies = Copies(device, dtypes.inputs, streams=copy_streams and device.type == "cuda")
-        self._stages = Stages()
-        # How many rows fit into the device's memory, once a batch did not fit.
-        self._rows_that_fit: int | None = None
-        self._warned_of_split = False
-        # With on_error="null": the schema of the last output with its error column, and which columns were passed on.
-        self._schema: pa.Schema | None = None
-        self._passed: frozenset[str] = frozenset()
+        self._stages = Stages(concurrent=concurrent_stages, inference_mode=inference_mode)
+        self._sizes = PartSizes(name, cuda=cuda, few_shapes=few_shapes or cuda)
+        self._work = MicroBatches(
+            overridden=overridden,
+            name=name,
+            device=device,
+            dtypes=dtypes,
+            copy_streams=copy_streams,
+            stages=self._stages,
+            totals=totals,
+        )
+        self._warned_of_split = self._warned_of_lengths = False
 
     def run(self, methods: Methods, batch: Any) -> Any:
         """Return the rows for a batch of any format that Ray Data gives, or a generator of rows."""
         with self._totals.busy():
             table = to_arrow(batch, self._name)
-            results = self._results(methods, table)
+            in_parts = methods.micro_batch_size is not None or methods.sort_by is not None
+            job, batch = Job(methods, table, np.ones(len(table)), in_parts=in_parts), None
+            if methods.sort_by is not None:
+                batch = self._sort(job)
+            results = self._results(job)
             first = next(results)
             parts = [first] if inspect.isgenerator(first[1]) else [first, *results]
             if any(inspect.isgenerator(rows) for _, rows in parts):
-                return self._from_generators(itertools.chain(parts, results), len(table))
+                return self._from_generators(itertools.chain(parts, results), job)
         if methods.on_error == "null":
-            parts = self._with_all_columns(parts, table)
+            parts = self._with_all_columns(job, parts)
         self._count_batch()
+        if job.keep_rows:
+            return batch.put_back(parts, self._name)
         return parts[0][1] if len(parts) == 1 else joined([rows for _, rows in parts])
 
-    def _from_generators(self, results: Iterator[tuple[range, Any]], end: int) -> Iterator[Any]:
+    def _sort(self, job: Job) -> SortedBatch:
+        """Order the rows of the job by length. Return the sorted batch, which can put results back."""
+        methods, skip = job.methods, job.methods.on_error == "null"
+        with self._stages.host(), self._totals.stage("preprocess"):
+            batch, failed = sort_rows(job.table, methods.sort_by, self._name, skip_failing=skip)
+        if failed and not self._warned_of_lengths:
+            self._warned_of_lengths = True
+            log(f"{self._name}: sort_by failed for some rows, which get length 0. The first raised {failed}")
+        job.table, job.lengths, job.order, job.keep_rows = batch.table, batch.lengths, batch.order, True
+        if not methods.preserve_order:
+            job.keep_rows = False
+        return batch
+
+    def _from_generators(self, results: Iterator[tuple[range, Any]], job: Job) -> Iterator[Any]:
         """Yield the rows of each part's generator; its code runs when the caller asks for rows."""
 
         @contextlib.contextmanager
         def step() -> Iterator[None]:
-            annotated = annotate_errors(part) if len(part) < end else contextlib.nullcontext()
-            with annotated, self._totals.busy(), self._totals.stage("postprocess"):
+            with (
+                annotate_errors(part, len(job.table), job.order),
+                self._totals.busy(),
+                self._stages.host(),
+                self._totals.stage("postprocess"),
+            ):
                 yield
 
         while True:
@@ -149,122 +144,55 @@ class BatchRunner:
 
     # ------------------------------------------------------------ a batch in parts
 
-    def _results(self, methods: Methods, table: pa.Table) -> Iterator[tuple[range, Any]]:
+    def _results(self, job: Job) -> Iterator[tuple[range, Any]]:
         """Yield each part of the batch with what `postprocess` returned for it, in order.
 
         If the device's memory is too small for a part, that part and what follows are split into halves. The size is
-        remembered for later batches, unless the part was the last and shorter than one that fitted before it.
+        remembered for later batches, unless the part was smaller than one that fitted before it.
         """
-        begin = 0
-        end = limit = len(table)
-        split = False
+        work = self._work
+        stages = (
+            lambda part: work.before(job, part),
+            lambda part: work.model(job, part),
+            lambda part: work.after(job, part),
+        )
+        sizes, end = self._sizes, len(job.table)
+        begin, limit, split = 0, float("inf"), False
+        sizes.start_batch(job.methods, job.lengths)
         while True:
-            usual = min(methods.micro_batch_size or end, self._rows_that_fit or end)
-            size = min(usual, limit)
+            issued: dict[int, range] = {}
+            parts = (issued.setdefault(p.start, p) for p in sizes.parts(job.methods, job.lengths, begin, limit))
+            if not job.in_parts:
+                results = self._stages.one_by_one(parts, *stages, total=end)
+            else:
+                depth = 1 if sizes.is_trying(job.methods) else DEPTH
+                results = self._stages.overlap(parts, *stages, total=end, order=job.order, depth=depth)
             try:
-                if end - begin <= size:
-                    part = range(begin, end)
-                    yield part, self._run_alone(methods, table, part, annotate=len(part) < end)
-                else:
-                    for part, rows in self._stages.overlap(
-                        ranges(begin, end, size),
-                        lambda part: self._before(methods, table, part),
-                        lambda part: self._model(methods, part),
-                        lambda part: self._after(methods, part),
-                    ):
-                        yield part, rows
-                        begin = part.stop
+                began = time.perf_counter()
+                for part, rows in results:
+                    sizes.done(job.methods, job.lengths, part, time.perf_counter() - began)
+                    yield part, rows
+                    begin, began = part.stop, time.perf_counter()
                 break
             except torch.cuda.OutOfMemoryError:
-                tried = min(size, end - begin)
-                if tried <= 1:
+                if len(issued[begin]) <= 1:
                     raise
-            limit = tried // 2
-            if tried == usual:
-                self._rows_that_fit, split = limit, True
+            limit, remembered = sizes.did_not_fit(job.lengths, issued[begin])
+            split = split or remembered
             self._free_memory()
         if split:
-            self._warn_of_split(end)
+            self._warn_of_split(job)
 
-    def _run_alone(self, methods: Methods, table: pa.Table, part: range, *, annotate: bool) -> Any:
-        def run() -> Any:
-            inputs = self._before(methods, table, part)
-            return self._after(methods, self._stages.in_model_thread(self._model, methods, inputs))
-
-        with annotate_errors(part) if annotate else contextlib.nullcontext():
-            return inference_context(torch.get_num_threads(), run)
-
-    def _before(self, methods: Methods, table: pa.Table, rows: range) -> MicroBatch:
-        batch = table.slice(rows.start, len(rows))
-        preprocess = methods.preprocess
-        with self._totals.stage("preprocess"):
-            part = MicroBatch(batch, batch, {})
-            try:
-                inputs = preprocess(batch)
-            except torch.cuda.OutOfMemoryError:
-                raise
-            except Exception as error:
-                if methods.on_error == "raise" or not len(batch):
-                    raise
-                if "preprocess" not in self._overridden:
-                    preprocess(failed_rows.no_rows(batch))  # raises if the column is wrong, not a row
-                part.errors = failed_rows.failing_rows(preprocess, batch, error)
-                part.good = failed_rows.without(batch, part.errors)
-                if part.all_failed:
-                    return part
-                inputs = preprocess(part.good)
-            part.values, part.event = self._copies.begin(inputs)
-        return part
-
-    def _model(self, methods: Methods, part: MicroBatch) -> MicroBatch:
-        if part.all_failed:
-            return part
-        with self._totals.stage("predict"):
-            inputs = self._copies.arrive(part.values, part.event)
-            part.values = None
-            with self._device_context():
-                outputs = methods.predict(inputs)
-            part.values, part.event = self._copies.leave(outputs)
-        return part
-
-    def _after(self, methods: Methods, part: MicroBatch) -> Any:
-        name = self._name
-        if part.event is not None:
-            with self._totals.stage("predict"):  # which only began the work on the device
-                part.event.synchronize()
-        with self._totals.stage("postprocess"):
-            if part.all_failed:
-                rows = self._all_null(methods, part)
-            else:
-                rows = methods.postprocess(self._copies.end(part.values, part.event), part.good)
-                rows = rows if inspect.isgenerator(rows) else to_rows(rows, name)
-                if methods.on_error == "null":
-                    rows, passed = failed_rows.with_nulls(rows, part.good, part.batch, part.errors, name)
-                    if len(rows):  # without rows any two columns are the same memory
-                        self._schema, self._passed = rows.schema, passed
-        if part.errors and not self._totals.failed_rows:
-            first = next(iter(part.errors.values()))
-            log(f"{name}: preprocess failed for {len(part.errors)} of {len(part.batch)} rows, the first with {first}")
-        self._totals.count(rows=len(part.batch), failed_rows=len(part.errors))
-        return rows
-
-    def _all_null(self, methods: Methods, part: MicroBatch) -> pa.Table:
-        if self._schema is not None:
-            return failed_rows.without_values(part.batch, part.errors, self._schema, self._passed)
-        if "postprocess" in self._overridden:
-            kept = part.batch.select([])
-        else:
-            kept = defaults.kept(part.batch, methods.keep_columns, self._name)
-        failed_rows.check_no_errors_yet(kept.column_names, self._name)
-        return failed_rows.without_values(part.batch, part.errors, kept.schema, kept.column_names)
-
-    def _with_all_columns(self, parts: list[tuple[range, pa.Table]], batch: pa.Table) -> list[tuple[range, pa.Table]]:
-        if self._schema is not None:
-            return failed_rows.completed(parts, batch, self._schema, self._passed)
-        if len(batch):
+    def _with_all_columns(self, job: Job, parts: list[tuple[range, pa.Table]]) -> list[tuple[range, pa.Table]]:
+        work = self._work
+        if work.first_failure is not None and not work.any_row_passed:
+            raise work.first_failure  # it is about the model or the class, not about single rows
+        work.first_failure = None
+        parts, known = work.errors.complete(parts, job.table, job.methods.error_column)
+        if len(job.table) and not known:
             log(
-                f"{self._name}: preprocess failed for all {len(batch)} rows before any row went through, so "
-                f"these rows go on with the columns {', '.join(map(repr, parts[0][1].column_names))} alone.",
+                f"{self._name}: all {len(job.table)} rows failed before any row passed, so these rows have only the "
+                f"columns {', '.join(map(repr, parts[0][1].column_names))}.",
                 logging.WARNING,
             )
         return parts
@@ -275,31 +203,14 @@ class BatchRunner:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _warn_of_split(self, rows: int) -> None:
+    def _warn_of_split(self, job: Job) -> None:
         if not self._warned_of_split:
             self._warned_of_split = True
+            size, unit = int(self._sizes.tokens_that_fit), "rows" if job.order is None else "tokens"
+            option = "micro_batch_size" if job.order is None else "micro_batch_tokens"
             log(
-                f"{self._name}: {self._device} has too little memory for a batch of {rows} rows. This actor "
-                f"gives the model {self._rows_that_fit} rows at a time from now on, or fewer if need be. "
-                f"micro_batch_size={self._rows_that_fit} does so from the start.",
+                f"{self._name}: {self._device} has too little memory for a batch of {len(job.table)} rows. The actor "
+                f"now gives the model at most {size} {unit} at a time, or fewer if needed. Set {option}={size} to "
+                f"start with that size.",
                 logging.WARNING,
             )
-
-    @contextlib.contextmanager
-    def _device_context(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
-            if self._device.type == "cuda":
-                stack.enter_context(torch.cuda.device(self._device))  # a thread begins with the first one
-            if self._autocast is not None:
-                stack.enter_context(torch.autocast(self._device.type, self._autocast))
-            yield
-
-
-def log(line: str, level: int = logging.INFO) -> None:
-    """Log a line; without a handler it goes to standard error, which Ray shows in the driver."""
-    if not logger.hasHandlers() and logger.level == logging.NOTSET:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-    logger.log(level, line)

@@ -1,4 +1,4 @@
-"""A subclass of `ZeroCopyPredictor`: its name, whether it is complete, how a model and options are bound to it."""
+"""Subclasses of `ZeroCopyPredictor`: their names, the check that they are complete, and `using`."""
 
 from __future__ import annotations
 
@@ -7,26 +7,18 @@ import itertools
 import types
 from typing import Any
 
-from .defaults import check_options
+from .constructor import suggest, unknown_keywords
+from .options import OPTIONS, check_combinations, check_options
+from .warmup import is_constructed_by
 
-__all__ = ["OPTIONS", "bind", "check_complete", "class_name", "no_model_message", "overridden_methods"]
+__all__ = ["bind", "check_complete", "class_name", "no_model_message", "overridden_methods"]
 
 _bindings = itertools.count(1)
 _SEVERAL = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
-OPTIONS = (
-    "input_columns",
-    "output_column",
-    "keep_columns",
-    "dtype",
-    "compile",
-    "micro_batch_size",
-    "on_error",
-)
-
 
 def written_class(cls: type) -> type:
-    """Return the class that the user wrote: Ray Data runs a subclass of its own."""
+    """Return the class that the user wrote. Ray Data runs a subclass of it."""
     return next((c for c in cls.__mro__ if not c.__module__.startswith("ray.")), cls)
 
 
@@ -39,18 +31,37 @@ def overridden_methods(cls: type, base: type) -> list[str]:
     return [method for method in ("preprocess", "postprocess") if getattr(cls, method) is not getattr(base, method)]
 
 
+def check_not_async(options: Any, name: str) -> None:
+    """Raise TypeError if `options`, an instance or a class, has an async method."""
+    for method in ("preprocess", "predict", "postprocess", "sort_by", "warmup"):
+        function = getattr(options, method, None)
+        partial = getattr(inspect.getattr_static(options, method, None), "func", None)  # of a partialmethod
+        for code in (function, partial, vars(type(function)).get("__call__")):
+            if inspect.iscoroutinefunction(code) or inspect.isasyncgenfunction(code):
+                kind = "an async generator" if inspect.isasyncgenfunction(code) else "an async function"
+                raise TypeError(
+                    f"{name}.{method} is {kind}, and nothing awaits it: each method of a ZeroCopyPredictor is an "
+                    f"ordinary function. Write def {method}(...), and run coroutines in it: asyncio.run(main())."
+                )
+
+
 def check_complete(options: Any, cls: type, base: type) -> None:
-    """Raise TypeError unless `options`, an instance or a class, says all that `cls` needs."""
+    """Raise TypeError unless each method of `cls` is written or replaced by an option.
+
+    `options` is an instance or a class. Raises ValueError if two options contradict each other.
+    """
     name = class_name(cls)
+    check_not_async(options, name)
     for method, signature, option in (
         ("preprocess", "(self, batch)", "input_columns=['x']"),
         ("postprocess", "(self, outputs, batch)", "output_column='prediction'"),
     ):
         if method not in overridden_methods(cls, base) and getattr(options, option.split("=")[0]) is None:
             raise TypeError(
-                f"{name}.{method} is not written. A subclass of ZeroCopyPredictor defines {method}{signature}, or "
-                f"an option takes its place: {option}."
+                f"{name}.{method} is not written. Define {method}{signature} in the subclass, or pass an option "
+                f"in its place: {option}."
             )
+    check_combinations(options, name)
 
 
 def no_model_message(cls: type) -> str:
@@ -65,29 +76,48 @@ def no_model_message(cls: type) -> str:
     )
 
 
-def bind(cls: Any, base: type, model_ref: Any, options: dict[str, Any]) -> Any:
-    """Return a subclass of `cls` with a model and options bound to it; see `ZeroCopyPredictor.using`."""
-    signature = inspect.signature(cls)
-    accepts = signature.parameters.values()
-    # A constructor that takes the model gets it; one that does not finds it as the class attribute.
-    named = "model_ref" in signature.parameters or any(p.kind is p.VAR_KEYWORD for p in accepts)
-    attributes = {option: options[option] for option in OPTIONS if option in options}
-    options = {o: v for o, v in options.items() if o not in attributes or o in signature.parameters}
-    bound = {"model_ref": model_ref, **options} if named else options
+def _refused_options(
+    cls: type, signature: inspect.Signature, bound: dict[str, Any], options: dict[str, Any]
+) -> str | None:
+    """Return what the constructor of `cls` raises for `bound`, as the end of a sentence; None if it accepts them."""
+    if unknown := unknown_keywords(cls, options):
+        known = suggest(unknown[0], (*OPTIONS, *signature.parameters))
+        return f"got an unexpected keyword argument '{unknown[0]}'.{known}"
     try:
         signature.bind(**bound)
     except TypeError as error:
+        return f"{error}."
+    return None
+
+
+def bind(cls: Any, base: type, model_ref: Any, options: dict[str, Any]) -> Any:
+    """Return a subclass of `cls` with a model and options bound to it; see `ZeroCopyPredictor.using`."""
+    check_not_async(cls, class_name(cls))
+    signature = inspect.signature(cls)
+    accepts = signature.parameters.values()
+    # A constructor that takes model_ref gets the model. Any other reads the class attribute.
+    named = "model_ref" in signature.parameters or any(p.kind is p.VAR_KEYWORD for p in accepts)
+    attributes = {option: options[option] for option in OPTIONS if option in options}
+    for option in ("sort_by", "warmup"):
+        if inspect.isfunction(attributes.get(option)):
+            attributes[option] = staticmethod(attributes[option])  # a class attribute would be a method
+    options = {o: v for o, v in options.items() if o not in attributes or o in signature.parameters}
+    bound = {"model_ref": model_ref, **options} if named else options
+    if problem := _refused_options(cls, signature, bound, options):
+        parameters = [name for name, parameter in signature.parameters.items() if parameter.kind not in _SEVERAL]
         raise TypeError(
-            f"{class_name(cls)}.using: the constructor of {class_name(cls)} {error}. It takes "
-            f"{', '.join(map(str, signature.parameters))}: the model as model_ref, any other from using. What is "
-            f"Ray Data's (batch_size, compute, num_gpus) goes to ds.map_batches."
-        ) from None
+            f"{class_name(cls)}.using: the constructor of {class_name(cls)} {problem} It takes "
+            f"{', '.join(parameters)}; every predictor takes {', '.join(OPTIONS)}. Options of Ray Data (batch_size, "
+            f"compute, num_gpus) go to ds.map_batches."
+        )
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        given = signature.bind_partial(*args).arguments  # fn_constructor_args count more than what is bound
+        given = signature.bind_partial(*args).arguments  # fn_constructor_args override what is bound
         cls.__init__(self, *args, **{k: v for k, v in bound.items() if k not in given} | kwargs)
+        if is_constructed_by(type(self), made):
+            self.warm_up()
 
-    # For the next `using`, of this class or of a subclass: what it may give, and what is given.
+    # The signature tells the next `using`, of this class or of a subclass, which options exist and which are bound.
     own = [p.replace(default=bound[p.name]) if p.name in bound and p.kind not in _SEVERAL else p for p in accepts]
     itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     __init__.__signature__ = signature.replace(parameters=[itself, *own])  # type: ignore[attr-defined]
@@ -98,13 +128,13 @@ def bind(cls: Any, base: type, model_ref: Any, options: dict[str, Any]) -> Any:
         "__init__": __init__,
         "_bound": True,
         "__module__": cls.__module__,
-        # Not the class's own: Ray Data tells the instances on an actor apart by it, and a chain may use one
-        # class with two models. The operator shows __name__.
+        # Each binding needs another qualified name, because Ray Data uses it to tell instances on an actor apart, and
+        # a chain may use one class with two models. The operator shows __name__.
         "__qualname__": f"{cls.__qualname__}.using_{next(_bindings)}",
         "__doc__": cls.__doc__,
     }
     made = types.new_class(cls.__name__, (cls,), exec_body=lambda namespace: namespace.update(members))
     if all("__init__" not in c.__dict__ or "_bound" in c.__dict__ for c in cls.__mro__[: cls.__mro__.index(base)]):
-        check_complete(made, cls, base)  # a constructor of the class's own may add what is missing
+        check_complete(made, cls, base)  # a constructor of the user's may add what is missing
     check_options(made, class_name(cls))
     return made

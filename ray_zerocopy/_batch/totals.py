@@ -1,4 +1,4 @@
-"""Where a predictor's time went: a running total in the process, and the same numbers for Ray's metrics."""
+"""Where a predictor's time went: totals in the process, and the same numbers as Ray metrics."""
 
 from __future__ import annotations
 
@@ -23,23 +23,25 @@ class Totals:
     """Seconds and rows of one predictor since it was loaded.
 
     Attributes:
-        seconds: For each stage, and for "waiting": how long no batch was there.
+        seconds: The time in each stage, and in "waiting": no batch was being processed.
         batches: How many batches were completed.
         rows: How many rows came in with them.
-        failed_rows: How many of these were written as nulls.
+        failed_rows: How many of these failed and were written as nulls.
         retries: How often the device's memory was too small for a part of a batch.
+
+    Without `metrics`, as for a warm-up, the numbers go neither to Ray nor to the log.
     """
 
-    def __init__(self, name: str, load_seconds: float, shared: int, private: int) -> None:
+    def __init__(self, name: str, load_seconds: float, shared: int, private: int, *, metrics: bool = True) -> None:
         self.name = name
         self.seconds = dict.fromkeys(("waiting", *STAGES), 0.0)
         self.batches = self.rows = self.failed_rows = self.retries = 0
         self._lock = threading.Lock()
         self._active = 0
         self._began = self._idle_since = self._said = time.perf_counter()
-        self._pause = 0.0
+        self._pause = 0.0 if metrics else float("inf")
         self._said_batches = 0
-        self._metrics = _metrics() if ray.is_initialized() else None
+        self._metrics = _metrics() if metrics and ray.is_initialized() else None
         self._tags = {"predictor": name}
         if self._metrics:
             self._metrics["load_seconds"].observe(load_seconds, self._tags)
@@ -48,7 +50,7 @@ class Totals:
 
     @contextlib.contextmanager
     def busy(self) -> Iterator[None]:
-        """Mark that a batch is there, and so the time between two of these as waiting."""
+        """Mark that a batch is being processed. The time between batches counts as waiting."""
         with self._lock:
             if not self._active:
                 self._add("waiting", time.perf_counter() - self._idle_since)
@@ -62,7 +64,7 @@ class Totals:
 
     @contextlib.contextmanager
     def stage(self, stage: str) -> Iterator[None]:
-        """Add what the block takes to a stage."""
+        """Add the time of the block to a stage."""
         begin = time.perf_counter()
         try:
             yield
@@ -71,7 +73,7 @@ class Totals:
                 self._add(stage, time.perf_counter() - begin)
 
     def count(self, *, batches: int = 0, rows: int = 0, failed_rows: int = 0, retries: int = 0) -> None:
-        """Add to what is counted."""
+        """Add to the counters."""
         with self._lock:
             self.batches += batches
             for what, count in (("rows", rows), ("failed_rows", failed_rows), ("retries", retries)):
@@ -81,9 +83,9 @@ class Totals:
                         self._metrics[what].inc(count, self._tags)
 
     def due(self, *, last: bool = False) -> bool:
-        """Say that it is time for a line in the log: after the first batch, less and less often, and at last.
+        """Return whether it is time for a log line: after the first batch, then less and less often, and at the end.
 
-        Not only at last: what an actor says as it ends is lost where the driver ends, or leaves Ray, right after.
+        A line at the end alone would be lost if the driver ends, or disconnects from Ray, right after.
         """
         with self._lock:
             now = time.perf_counter()
@@ -104,7 +106,7 @@ class Totals:
             total = (time.perf_counter() if self._active else self._idle_since) - self._began
         spent = ", ".join(f"{stage} {seconds[stage]:.2f} s" for stage in seconds)
         failed = f", {self.failed_rows} of them failed" if self.failed_rows else ""
-        retried = f"; {self.retries} retries for want of device memory" if self.retries else ""
+        retried = f"; {self.retries} retries because device memory was full" if self.retries else ""
         return (
             f"{self.name}: {self.rows} rows{failed} in {self.batches} batches and {total:.2f} s "
             f"since it was loaded: {spent}{retried}"
@@ -113,14 +115,17 @@ class Totals:
 
 @functools.cache
 def _metrics() -> dict[str, Any]:
-    """Make the metrics, once in a process; Ray puts `ray_` before their names."""
+    """Create the metrics, once in a process. Ray adds the prefix `ray_` to their names."""
     from ray.util.metrics import Counter, Gauge, Histogram
 
     tags = ("predictor",)
     made: list[tuple[str, Any]] = [
         ("load_seconds", Histogram("zerocopy_load_seconds", "Time to load a model.", BOUNDARIES, tags)),
-        ("bytes_shared", Gauge("zerocopy_bytes_shared", "Weights that are pages of the object store.", tags)),
-        ("bytes_private", Gauge("zerocopy_bytes_private", "Weights that had to be copied.", tags)),
+        (
+            "bytes_shared",
+            Gauge("zerocopy_bytes_shared", "Bytes of weights that are shared pages of the object store.", tags),
+        ),
+        ("bytes_private", Gauge("zerocopy_bytes_private", "Bytes of weights that are private copies.", tags)),
         (
             "stage_seconds",
             Histogram(
@@ -131,7 +136,10 @@ def _metrics() -> dict[str, Any]:
             ),
         ),
         ("rows", Counter("zerocopy_rows", "Rows of the batches that were completed.", tags)),
-        ("failed_rows", Counter("zerocopy_failed_rows", "Rows written as nulls, preprocess having failed.", tags)),
-        ("retries", Counter("zerocopy_memory_retries", "Batches split for want of device memory.", tags)),
+        ("failed_rows", Counter("zerocopy_failed_rows", "Rows that failed and were written as nulls.", tags)),
+        (
+            "retries",
+            Counter("zerocopy_memory_retries", "Parts of batches that did not fit into device memory.", tags),
+        ),
     ]
     return dict(made)

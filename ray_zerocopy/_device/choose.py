@@ -1,4 +1,4 @@
-"""Which device a worker's model goes to, and which CPUs are near it. Knows torch, not Ray."""
+"""Choose the device for a worker's model, and the CPUs near that device. Imports torch, not Ray."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ DeviceLike = str | int | torch.device | None
 
 
 def resolve_device(device: DeviceLike, assigned: Sequence[str] | None) -> torch.device:
-    """Return the device that `device` means to a worker to which Ray assigned the GPUs `assigned`.
+    """Return the torch device for a user's `device` argument.
 
-    `None` and `"auto"` mean the first assigned GPU, else the CPU. `assigned` is None where Ray assigns
-    nothing (the driver): then any device of this machine may be named.
+    Args:
+        device: What the user gave. `None` and `"auto"` mean the first assigned GPU, or the CPU without one.
+        assigned: The GPUs that Ray assigned to this worker, by number or UUID. None in the driver, where every device
+            of the machine is allowed.
 
-    Raises ValueError for a device that torch does not know, this machine does not have, or Ray did not
-    assign to this worker.
+    Raises:
+        ValueError: torch does not know the device, the machine does not have it, or Ray did not assign it.
     """
     if device is None or device == "auto":
         return torch.device("cuda", _ordinal(assigned[0])) if assigned else torch.device("cpu")
@@ -54,19 +56,19 @@ def _check_assigned(device: DeviceLike, wanted: torch.device, assigned: Sequence
             f"device={device!r}, but torch {torch.__version__} finds no usable CUDA device here. Leave device out to "
             f"load on the CPU, or install a torch with CUDA."
         )
-    own = [_ordinal(gpu) for gpu in assigned] if assigned is not None else list(range(torch.cuda.device_count()))
-    default = own[0] if assigned is not None else torch.cuda.current_device()
+    allowed = [_ordinal(gpu) for gpu in assigned] if assigned is not None else list(range(torch.cuda.device_count()))
+    default = allowed[0] if assigned is not None else torch.cuda.current_device()
     ordinal = default if wanted.index is None else wanted.index
-    if ordinal not in own:
+    if ordinal not in allowed:
         raise ValueError(
-            f"device={device!r} is not among the GPUs of this worker, which are {[f'cuda:{i}' for i in own]}. "
+            f"device={device!r} is not among the GPUs of this worker: {[f'cuda:{i}' for i in allowed]}. "
             f"Give device=None to follow Ray's assignment."
         )
     return torch.device("cuda", ordinal)
 
 
 def _ordinal(gpu: str) -> int:
-    """Return torch's index of a GPU that Ray names by its number or UUID: its place in CUDA_VISIBLE_DEVICES."""
+    """Return torch's index of a GPU that Ray names: its position in CUDA_VISIBLE_DEVICES."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return int(gpu)
@@ -80,9 +82,10 @@ def _ordinal(gpu: str) -> int:
 
 
 def set_current_device(device: torch.device) -> None:
-    """Make a CUDA device the current one, as code in the model expects that says `"cuda"`; others need nothing.
+    """Make a CUDA device the current one, so that code in the model can say `"cuda"`. Do nothing for other devices.
 
-    Raises ValueError where torch finds no CUDA device, though Ray assigned one.
+    Raises:
+        ValueError: Ray assigned a GPU, but torch finds no CUDA device.
     """
     if device.type != "cuda":
         return
@@ -95,7 +98,7 @@ def set_current_device(device: torch.device) -> None:
 
 
 def cpus_near(pci_address: str, allowed: set[int], root: str = "/sys/bus/pci/devices") -> set[int]:
-    """Return those of the CPUs `allowed` that are on the NUMA node of a PCI device; all where there is no node."""
+    """Return the CPUs in `allowed` on the NUMA node of a PCI device, or all of `allowed` if the node is unknown."""
     folder = os.path.join(root, pci_address)
     try:
         with open(os.path.join(folder, "numa_node")) as file:

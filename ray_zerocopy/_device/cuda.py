@@ -1,4 +1,4 @@
-"""What an upload asks of a device, and the CUDA answers to that."""
+"""The interface between an upload and a device, and its implementation for CUDA."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["CudaEngine", "Engine", "Recurrent"]
 
 
 class Recurrent(NamedTuple):
-    """What a `torch.nn.RNNBase` is, as its attributes of these names say."""
+    """The settings of a `torch.nn.RNNBase`; the fields have the names of its attributes."""
 
     mode: str
     input_size: int
@@ -31,36 +31,37 @@ class Recurrent(NamedTuple):
 
 
 class Engine(Protocol):
-    """The few things that an upload asks of a device; the tests have one without a GPU."""
+    """What an upload needs of a device. The tests implement it without a GPU."""
 
     cpus: set[int]
-    """The CPUs that threads feeding the device run on."""
+    """The CPUs on which the threads of an upload run."""
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        """Return uninitialized bytes on the device, safe for the engine's stream to write to."""
+        """Return uninitialized bytes on the device. The engine's stream may write to them at once."""
 
     def page_locked(self, nbytes: int) -> torch.Tensor:
         """Return page-locked bytes on the host."""
 
     def current(self) -> contextlib.AbstractContextManager[Any]:
-        """Make the device and the engine's stream the current ones of the calling thread."""
+        """Make the device and the engine's stream current in the calling thread."""
 
     def recurrent(
         self, shapes: Sequence[Sequence[int]], dtype: torch.dtype, settings: Recurrent
     ) -> tuple[torch.Tensor, list[int]] | None:
-        """Return uninitialized bytes for an RNN's weights in the order that the device wants, if it wants any.
+        """Return uninitialized bytes for an RNN's weights, in the device's order; None if it needs none.
 
-        The flat bytes, and at which of them each weight begins. The stream may write to them after `allocate`.
+        Returns:
+            The flat bytes, and the offset of each weight. The stream may write to them after a call of `allocate`.
         """
 
     def copy(self, to: torch.Tensor, source: torch.Tensor) -> Any:
-        """Begin to copy host bytes to the device; return an event that comes when they are there."""
+        """Start a copy of host bytes to the device, and return an event that is set when the copy is done."""
 
-    def has_come(self, event: Any) -> bool:
-        """Tell whether an event has come."""
+    def is_done(self, event: Any) -> bool:
+        """Tell whether the copy of an event is done."""
 
     def wait(self, event: Any) -> None:
-        """Return when an event has come."""
+        """Wait until the copy of an event is done."""
 
 
 class CudaEngine:
@@ -73,9 +74,9 @@ class CudaEngine:
         self.cpus = cpus_near(_pci_address(torch.cuda.get_device_properties(device)), allowed)
 
     def allocate(self, nbytes: int) -> torch.Tensor:
-        with self.explain_out_ofmemory_at("the model", nbytes):
+        with self.explain_out_of_memory("the model", nbytes):
             arena = torch.empty(nbytes, dtype=torch.uint8, device=self.device)
-        # torch may hand out memory that kernels already queued on the current stream still use.
+        # Kernels that are queued on the current stream may still use this memory.
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         return arena
 
@@ -83,13 +84,13 @@ class CudaEngine:
         self, shapes: Sequence[Sequence[int]], dtype: torch.dtype, settings: Recurrent
     ) -> tuple[torch.Tensor, list[int]] | None:
         nbytes = sum(math.prod(shape) for shape in shapes) * dtype.itemsize
-        with torch.cuda.device(self.device), self.explain_out_ofmemory_at("an RNN of the model", nbytes):
+        with torch.cuda.device(self.device), self.explain_out_of_memory("an RNN of the model", nbytes):
             one_each = torch.zeros(len(shapes), dtype=dtype, device=self.device)
             acceptable = torch.backends.cudnn.is_acceptable(one_each)  # type: ignore[no-untyped-call]
             if not acceptable or not torch._use_cudnn_rnn_flatten_weight():
                 return None
-            # torch asks cuDNN for the order, allocates, copies the weights there and sets them to the copies. The
-            # weights are on their way still: it is given single numbers in their shapes, which take no memory.
+            # torch asks cuDNN for the order, allocates, and sets the weights to copies in that order. The real
+            # weights have not arrived yet. Tensors of stride 0 have their shapes, and take no memory.
             weights = [
                 torch.empty(0, dtype=dtype, device=self.device).set_(
                     one_each.untyped_storage(), i, shape, [0] * len(shape)
@@ -111,16 +112,15 @@ class CudaEngine:
         return block, [int(weight.storage_offset()) * dtype.itemsize for weight in weights]
 
     @contextlib.contextmanager
-    def explain_out_ofmemory_at(self, what: str, nbytes: int) -> Iterator[None]:
+    def explain_out_of_memory(self, what: str, nbytes: int) -> Iterator[None]:
         try:
             yield
         except torch.cuda.OutOfMemoryError as error:
             free, total = (part / (1 << 30) for part in torch.cuda.mem_get_info(self.device))
             raise ZeroCopyError(
-                f"{what} needs {nbytes / (1 << 30):.2f} GiB ({nbytes} bytes) in one piece on {self.device}, of "
-                f"whose {total:.2f} GiB {free:.2f} GiB are free. Drop what else this process has there, give fewer "
-                f"actors the same GPU (a larger num_gpus), or load with a smaller dtype, such as "
-                f"dtype=torch.bfloat16."
+                f"{what} needs {nbytes / (1 << 30):.2f} GiB ({nbytes} bytes) in one piece on {self.device}, which "
+                f"has {free:.2f} of {total:.2f} GiB free. Free other tensors of this process on that device, put "
+                f"fewer actors on the GPU (a larger num_gpus), or load with a smaller dtype (dtype=torch.bfloat16)."
             ) from error
 
     def page_locked(self, nbytes: int) -> torch.Tensor:
@@ -130,18 +130,18 @@ class CudaEngine:
     def current(self) -> Iterator[None]:
         if hasattr(os, "sched_setaffinity"):
             with contextlib.suppress(OSError):
-                os.sched_setaffinity(0, self.cpus)  # on Linux 0 is the calling thread, not the process
+                os.sched_setaffinity(0, self.cpus)  # on Linux, 0 means the calling thread
         with torch.cuda.stream(self.stream):
             yield
 
     def copy(self, to: torch.Tensor, source: torch.Tensor) -> torch.cuda.Event:
         to.copy_(source, non_blocking=True)  # copy: a device has memory of its own
-        # One that sleeps while it waits: a spinning thread would take a CPU from those that fill slots.
+        # blocking=True sleeps while it waits. A spinning thread would take a CPU from the threads that fill slots.
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(self.stream)
         return event
 
-    def has_come(self, event: torch.cuda.Event) -> bool:
+    def is_done(self, event: torch.cuda.Event) -> bool:
         return bool(event.query())  # type: ignore[no-untyped-call]
 
     def wait(self, event: torch.cuda.Event) -> None:
@@ -149,6 +149,6 @@ class CudaEngine:
 
 
 def _pci_address(properties: Any) -> str:
-    if not hasattr(properties, "pci_bus_id"):  # an earlier torch: no such place, so no NUMA node
+    if not hasattr(properties, "pci_bus_id"):  # an earlier torch; the NUMA node stays unknown
         return "unknown"
     return f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"

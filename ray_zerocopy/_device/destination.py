@@ -1,7 +1,8 @@
 """Where a load puts a model's storages: host memory, a CUDA device, or another device.
 
-Each destination has one method, `place`. It takes what the model is (layout, RNNs, dtype conversion) and the bytes in
-host memory, and returns a flat tensor for each storage. `_store` knows nothing else about devices.
+Each destination has one method, `place`. It takes the contents of a model (layout, RNNs, dtype conversion) and the
+bytes in host memory, and returns a flat tensor for each storage. `_store` uses no other part of this package's rooms
+for devices.
 """
 
 from __future__ import annotations
@@ -25,10 +26,13 @@ __all__ = ["Contents", "Destination", "HostMemory", "Placed", "destination_for"]
 
 
 class Contents(NamedTuple):
-    """What is to be placed.
+    """The contents of a model.
 
-    `changed` has the storages that are converted to `dtype`, by number, each with its present dtype. `recurrent` has
-    the weights of each RNN, by number of the tensor, and its settings.
+    Attributes:
+        layout: Where each tensor's bytes are in the buffers.
+        recurrent: For each RNN, the numbers of its weights, and its settings.
+        changed: The storages to convert to `dtype`: number and present dtype.
+        dtype: The dtype to convert to, or None.
     """
 
     layout: Layout
@@ -46,25 +50,28 @@ class HostMemory(Protocol):
 
     @property
     def objects(self) -> Sequence[object]:
-        """What keeps these addresses valid."""
+        """The objects that keep these addresses valid."""
 
     def private_buffers(self) -> list[tuple[Any, int]]:
         """Return writable memory for each buffer, copy-on-write, and the offset at which the buffer begins."""
 
     def shared_buffers(self) -> list[tuple[Any, int]]:
-        """Return the memory of each buffer itself, which must not be written to, and the offset of the buffer."""
+        """Return the store's memory for each buffer, and the offset of the buffer. It must not be written to."""
 
     def open_sources(self) -> AbstractContextManager[list[Source]]:
-        """Open the files behind the buffers, where there are any, for the length of a `with` block."""
+        """Open the files behind the buffers for the length of a `with` block. A buffer may have no file."""
 
 
 @dataclass
 class Placed:
     """Storages at their destination.
 
-    `pieces` has a flat tensor for each storage, or nothing where tensors are views of `buffers`. `wait`, if there is
-    one, returns when all bytes have arrived. `private` counts the bytes that this process has for itself, `replaced`
-    those of them that were shared before they were converted.
+    Attributes:
+        buffers: Host memory of each buffer, and the offset in it.
+        pieces: A flat tensor for each storage. Empty if tensors are views of `buffers`.
+        wait: Waits until all bytes have arrived. None if they have.
+        private: Bytes that only this process has.
+        replaced: The part of `private` that replaces shared bytes, because of a conversion.
     """
 
     buffers: list[tuple[Any, int]]
@@ -74,7 +81,7 @@ class Placed:
     replaced: int = 0
 
     def count_private(self, numbers: Collection[int]) -> None:
-        """Count the storages of these numbers as private, each distinct one once."""
+        """Count the storages with these numbers as private, each distinct storage once."""
         storages = (self.pieces[number].untyped_storage() for number in numbers)
         self.private = sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
@@ -83,11 +90,11 @@ class Destination(Protocol):
     """A place for storages."""
 
     def place(self, contents: Contents, memory: HostMemory) -> AbstractContextManager[Placed]:
-        """Place the storages for the length of a `with` block, at whose end every byte has arrived or none will."""
+        """Place the storages. After the `with` block no copy is in progress."""
 
 
 class _Host:
-    """Host memory: the private view itself, except for what is converted."""
+    """Host memory: tensors are views of the private view, and only converted storages are new."""
 
     @contextlib.contextmanager
     def place(self, contents: Contents, memory: HostMemory) -> Iterator[Placed]:
@@ -108,7 +115,7 @@ class _Other:
 
     @contextlib.contextmanager
     def place(self, contents: Contents, memory: HostMemory) -> Iterator[Placed]:
-        # From the shared pages: reading through the private view could copy them.
+        # Reads the shared pages. A copy from the private view could make private pages.
         pieces = _flat_tensors(contents, memory.shared_buffers())
         pieces = [piece.to(self.device) for piece in pieces]  # copy: a device has memory of its own
         placed = Placed(_buffers_for_arrays(contents, memory), pieces)
@@ -146,7 +153,7 @@ class _Cuda:
 def destination_for(device: torch.device, lock_key: object | None = None) -> Destination:
     """Return the destination for a device.
 
-    With a `lock_key`, the host memory stays page-locked for the device for as long as this object lives.
+    With a `lock_key`, the host memory is page-locked for the device until that object is deleted.
     """
     if device.type == "cpu":
         return _Host()
@@ -159,18 +166,20 @@ def _buffers_for_arrays(contents: Contents, memory: HostMemory) -> list[tuple[An
 
 
 def _flat_tensors(contents: Contents, buffers: Sequence[tuple[Any, int]]) -> list[torch.Tensor]:
-    """Return a flat tensor for each storage over its buffer, converted where that was asked for."""
+    """Return a flat tensor for each storage over its buffer. Storages in `contents.changed` are converted."""
     pieces = []
     for number, piece in enumerate(contents.layout.storages):
         dtype = contents.changed.get(number, torch.uint8)
         flat = torch.empty(0, dtype=dtype, device="cpu")
         flat.set_(storage_over(piece, buffers), 0, (piece[2] // dtype.itemsize,), (1,))
-        pieces.append(flat.to(contents.dtype) if number in contents.changed else flat)  # copy: other bytes
+        pieces.append(
+            flat.to(contents.dtype) if number in contents.changed else flat
+        )  # copy: another dtype has other bytes
     return pieces
 
 
 def _recurrent_blocks(contents: Contents, engine: Engine) -> list[tuple[Block, torch.Tensor]]:
-    """Return an allocation for the weights of each RNN that the device wants in an order of its own."""
+    """Return an allocation for the weights of each RNN for which the device needs a certain order."""
     found = []
     layout, recurrent, changed, dtype = contents
     for weights, settings in recurrent:

@@ -1,4 +1,4 @@
-"""Page-locking the source itself, so that a device reads the bytes from where they lie."""
+"""Page-lock host buffers, so that a device can copy from them directly, without a slot."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .placement import Span
 __all__ = ["DirectCopy", "PageLock", "memory_at", "page_lock_of", "split_by_lock"]
 
 
-# Between two spans in one slot at most so many bytes of the arena are overwritten with zeros: the padding that aligns
-# storages, and never a byte that is copied some other way.
+# Two spans go into one slot only if at most this many bytes are between them. These bytes are padding between
+# storages, and the slot has zeros for them.
 PADDING = 512
 _locks: weakref.WeakKeyDictionary[Any, PageLock] = weakref.WeakKeyDictionary()
 _locking = threading.Lock()
@@ -28,7 +28,7 @@ _locking = threading.Lock()
 def page_lock_of(
     key: object, device: torch.device, ranges: Sequence[tuple[int, int]], keep_alive: object
 ) -> PageLock:
-    """Return the page lock that goes with `key`; it is made at the first call and closed when `key` goes."""
+    """Return the page lock for `key`. The first call makes it, and it is closed when `key` is deleted."""
     with _locking:
         lock = _locks.get(key)
         if lock is None:
@@ -37,7 +37,7 @@ def page_lock_of(
 
 
 class DirectCopy(NamedTuple):
-    """Bytes that the device reads from where they are: place in the arena, how many, and a tensor over them."""
+    """Bytes that the device copies without a slot: place in the arena, length, and a tensor over the host bytes."""
 
     place: int
     nbytes: int
@@ -45,14 +45,14 @@ class DirectCopy(NamedTuple):
 
 
 class PageLock:
-    """Page-locks the whole pages of host buffers until `close()`, so that the device reads them without a slot.
+    """Page-locks the whole pages of host buffers until `close()`.
 
-    That costs more than one upload gains; it pays for a worker that uploads the same bytes again and again.
+    Page-locking takes longer than one upload saves. It pays for a worker that uploads the same bytes many times.
     """
 
     def __init__(self, device: torch.device, ranges: Sequence[tuple[int, int]], keep_alive: object) -> None:
         self.ranges: list[tuple[int, int]] = []
-        # Also runs when this goes, and at exit; what keeps the bytes there goes after it.
+        # Also runs when this object is deleted, and at exit. `keep_alive` is released after the pages are unlocked.
         self.close = weakref.finalize(self, _unregister, self.ranges, keep_alive)
         page = os.sysconf("SC_PAGE_SIZE")
         with torch.cuda.device(device):
@@ -71,23 +71,23 @@ class PageLock:
 def split_by_lock(
     spans: Sequence[Span], addresses: Sequence[int], ranges: Sequence[tuple[int, int]]
 ) -> tuple[list[Span], list[DirectCopy]]:
-    """Return what must go through slots, and what the device can read where it is: in page-locked ranges."""
-    through: list[Span] = []
+    """Divide spans into those that need a slot, and the parts in page-locked `ranges`, which the device reads."""
+    by_slot: list[Span] = []
     direct: list[DirectCopy] = []
     for span in spans:
         begin = addresses[span.buffer] + span.offset
         end = begin + span.nbytes
         low, high = next(((max(begin, a), min(end, b)) for a, b in ranges if a < end and begin < b), (begin, begin))
         if span.cast is not None or high - low < PADDING:
-            through.append(span)
+            by_slot.append(span)
             continue
         for first, last in ((begin, low), (high, end)):
             if last > first:
                 skip = first - begin
-                through.append(span._replace(place=span.place + skip, offset=span.offset + skip, nbytes=last - first))
-        there = torch.frombuffer(memory_at(low, high - low), dtype=torch.uint8)
-        direct.append(DirectCopy(span.place + low - begin, high - low, there))
-    return through, direct
+                by_slot.append(span._replace(place=span.place + skip, offset=span.offset + skip, nbytes=last - first))
+        memory = torch.frombuffer(memory_at(low, high - low), dtype=torch.uint8)
+        direct.append(DirectCopy(span.place + low - begin, high - low, memory))
+    return by_slot, direct
 
 
 def _unregister(ranges: list[tuple[int, int]], _: object) -> None:
@@ -105,7 +105,7 @@ def _register(address: int, nbytes: int, device: torch.device) -> None:
         if int(error) == 0:
             return
         with contextlib.suppress(RuntimeError):
-            torch.zeros(1, device=device)  # the next launch reports the failed call, and clears it
+            torch.zeros(1, device=device)  # CUDA reports the failed call at the next launch, and clears it
     raise ZeroCopyError(
         f"{nbytes} bytes of the object store cannot be page-locked (cudaHostRegister: "
         f"{runtime.cudaGetErrorString(error)}). Load with page_lock=False, or raise the limit of locked memory "

@@ -1,4 +1,4 @@
-"""Page-locked slots through which host bytes go to a CUDA device, kept by a process for all its loads."""
+"""Page-locked slots for copies from the host to a CUDA device. A process keeps them for all its loads."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from .cuda import CudaEngine, Engine
 __all__ = ["Ring", "Slot", "ring_of"]
 
 
-# Not measured on a GPU yet: benchmarks/device.py tries others. A slot is a power of two, which page-locked memory
-# is rounded up to. At 50 GB/s it drains in 80 us, so a few in flight hide the wait for the next; one of half the size
-# has the threads that fill slots take turns with the one that makes tensors twice as often, which both wait for.
+# Not measured on a GPU yet; benchmarks/device.py tries other sizes. torch rounds page-locked memory up to a power of
+# two. At 50 GB/s a slot of 4 MiB drains in 80 us, so a few in flight hide the wait for the next. With smaller slots,
+# threads that fill slots compete more often for Python's lock with the thread that makes tensors.
 SLOT_BYTES = 4 << 20
 SLOTS_IN_FLIGHT = 4
 MOST_THREADS = 12
 
 
 class Slot:
-    """Page-locked bytes, and the event of the copy that last read them."""
+    """Page-locked bytes, and the event of the last copy from them."""
 
     def __init__(self, memory: torch.Tensor) -> None:
         self.memory = memory
         self.address = memory.data_ptr()
         self.bytes = memory.numpy().data
-        self.read: Any = None
+        self.copied: Any = None
 
 
 class Ring:
-    """The slots of one device, for all loads of a process: at most `depth`, made when needed, kept afterwards.
+    """The slots of one device, for all loads of a process.
 
-    `threads` is how many fill them in one load.
+    At most `depth` slots are made, each when it is needed first, and kept. `threads` threads fill slots in one load.
     """
 
     def __init__(
@@ -48,49 +48,49 @@ class Ring:
         self._free: deque[Slot] = deque()
         self._change = threading.Condition()
 
-    def take(self) -> Slot:
-        """Return a slot that nothing reads any more; waits while other loads have them all."""
+    def acquire(self) -> Slot:
+        """Return a slot that no copy reads any more. Wait while other loads have all slots."""
         with self._change:
             while not self._free and self.made >= self.depth:
                 self._change.wait()
-            # First the slot given back first. Rather make one than wait: a small load then page-locks little.
-            reuse = self._free and (self.made >= self.depth or self.engine.has_come(self._free[0].read))
+            # Reuse the slot that was released first, if its copy is done. Otherwise make one, up to `depth`.
+            reuse = self._free and (self.made >= self.depth or self.engine.is_done(self._free[0].copied))
             slot = self._free.popleft() if reuse else None
             self.made += slot is None
         if slot is None:
             try:
                 return Slot(self.engine.page_locked(self.slot_bytes))
             except BaseException:
-                self.forget()
+                self.discard()
                 raise
         try:
-            self.engine.wait(slot.read)
+            self.engine.wait(slot.copied)
         except BaseException:
-            self.forget()
+            self.discard()
             raise
         return slot
 
-    def give(self, slot: Slot, read: Any) -> None:
-        """Give a slot back; `read` is the event of the copy from it."""
-        slot.read = read
+    def release(self, slot: Slot, copied: Any) -> None:
+        """Return a slot to the ring; `copied` is the event of the last copy from it."""
+        slot.copied = copied
         with self._change:
             self._free.append(slot)
             self._change.notify()
 
-    def forget(self) -> None:
-        """Count one slot less: something failed while it was taken, and its state is not known."""
+    def discard(self) -> None:
+        """Count one slot less, after an error in a state that is not known."""
         with self._change:
             self.made -= 1
             self._change.notify()
 
 
 _rings: dict[torch.device, Ring] = {}
-_making = threading.Lock()
+_rings_lock = threading.Lock()
 
 
 def ring_of(device: torch.device) -> Ring:
-    """Return this process's ring for a CUDA device."""
-    with _making:
+    """Return the ring of this process for a CUDA device."""
+    with _rings_lock:
         if device not in _rings:
             _rings[device] = Ring(CudaEngine(device))
         return _rings[device]

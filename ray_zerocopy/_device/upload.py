@@ -1,9 +1,9 @@
-r"""Host bytes -> a device, by threads that fill page-locked slots. Knows torch, not Ray.
+r"""Copy host bytes to a device, by threads that fill page-locked slots. Imports torch, not Ray.
 
 Note [The way to a CUDA device]
 
-One allocation on the device, the arena, takes all storages of a model. Threads fill page-locked slots, and one
-stream drains them; an event says when a slot may be filled again::
+One allocation on the device, the arena, holds all storages of a model. Threads fill page-locked slots, and one stream
+copies each slot to the arena. An event tells when the slot is free again::
 
     host bytes   |=== storage ===|= storage =|s|s|s|====== storage ======|   store pages, or a file's
                     \  read by thread 1   \  thread 2   \  thread 3
@@ -11,10 +11,10 @@ stream drains them; an event says when a slot may be filled again::
                     \  copied by one stream, in any order
     arena        |=== storage ===| |= storage =| |s|s|s| |====== storage ======|
 
-The weights of an RNN lie beside it, in a block of their own for which cuDNN has the order.
+The weights of an RNN have a separate allocation, a block, in the order that cuDNN needs.
 
-Bytes are read from the file behind the store's pages where it can be opened: a mapping that is touched for the first
-time costs a page fault for every 64 KiB, which takes about as long as the copy.
+The threads read the file behind the store's pages if it can be opened. Reading a new mapping costs a page fault for
+every 64 KiB, which takes about as long as the copy.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from .ring import Ring, Slot
 __all__ = ["Source", "Upload", "divide"]
 
 
-# So many elements torch converts in the thread that asks. Of more it gives parts to as many threads as it may have,
-# and each thread of a load would have these anew.
+# torch converts up to this many elements in the calling thread. For more it starts worker threads, and each thread of
+# an upload would start its own set of them.
 CONVERTED_AT_ONCE = 32_000
 
 
 class Source(NamedTuple):
-    """A host buffer: memory and where in it the buffer begins; and, if a file has it, a descriptor and offset."""
+    """A host buffer: its memory and offset, and if a file has it, the descriptor and offset of that."""
 
     memory: Any
     offset: int = 0
@@ -53,7 +53,7 @@ class Source(NamedTuple):
 
 
 class _Piece(NamedTuple):
-    """Part of a span that goes into one slot: place in the slot, bytes there, bytes of the span before it."""
+    """Part of a span in one slot: offset in the slot, length there, and the bytes of the span before this part."""
 
     at: int
     nbytes: int
@@ -62,9 +62,9 @@ class _Piece(NamedTuple):
 
 
 def _chunks(spans: Sequence[Span], slot_bytes: int) -> Iterator[tuple[int, int, list[_Piece]]]:
-    """Cut spans, in the order of their places, into what one slot takes: its place and bytes, and its pieces.
+    """Cut ordered spans into chunks of one slot, and yield place, length and pieces of each chunk.
 
-    A slot begins at a multiple of 16, though the first piece may not: elements are aligned in it, and none is cut.
+    A slot stands for places from a multiple of 16 on, so elements are aligned in the slot and no element is cut.
     """
     pieces: list[_Piece] = []
     base = begin = end = 0
@@ -86,11 +86,11 @@ def _chunks(spans: Sequence[Span], slot_bytes: int) -> Iterator[tuple[int, int, 
 
 
 class Upload:
-    """A copy of host bytes to a device, under way while a `with` block runs.
+    """A copy of host bytes to a device, which runs during a `with` block.
 
-    The first `nbytes` places go to one allocation, `arena`; what `blocks` has, places and allocations, to those. All
-    can be divided into tensors at once; `wait` returns when the bytes are in them. Leaving the `with` block early, by
-    any exception, stops the copy; no thread and no copy is left when it has been left.
+    The first `nbytes` places are in one allocation, `arena`. `blocks` has the other allocations, each with its first
+    place. Tensors over the allocations can be made at once; `wait` returns when all bytes have arrived. An exception
+    in the `with` block stops the copy. No thread and no copy is left after the block.
     """
 
     def __init__(
@@ -106,15 +106,15 @@ class Upload:
         self.arena = ring.engine.allocate(nbytes)
         self._allocations = [(0, self.arena), *blocks]
         self._ring = ring
-        self._locked = locked  # until the last copy is done
+        self._locked = locked  # lives until the last copy is done
         self._sources = sources
         self._addresses = [_address(source) for source in sources]
-        through, self._direct = split_by_lock(spans, self._addresses, locked.ranges) if locked else (spans, [])
-        self._chunks = _chunks(through, ring.slot_bytes)
+        by_slot, self._direct = split_by_lock(spans, self._addresses, locked.ranges) if locked else (spans, [])
+        self._chunks = _chunks(by_slot, ring.slot_bytes)
         self._lock = threading.Lock()
         self._stop = False
         self._failure: BaseException | None = None
-        chunks = sum(span.nbytes for span in through) // ring.slot_bytes + 1
+        chunks = sum(span.nbytes for span in by_slot) // ring.slot_bytes + 1
         self._running = min(ring.threads, chunks)
         self._ended = threading.Event()
         self._threads = [
@@ -134,8 +134,8 @@ class Upload:
         self._end()
 
     def wait(self) -> None:
-        """Return when every byte is on the device; raises what went wrong on the way."""
-        self._ended.wait()  # not Thread.join, which Ctrl-C does not end on every version of Python
+        """Wait until all bytes are on the device, and raise the error of the copy if there was one."""
+        self._ended.wait()  # Ctrl-C does not end Thread.join on every version of Python
         if self._failure is not None:
             raise self._failure
 
@@ -146,7 +146,7 @@ class Upload:
                 thread.join()
 
     def _feed(self) -> None:
-        """Fill slots until there is nothing left to copy; the work of each thread."""
+        """Fill slots until nothing is left to copy. Each thread runs this."""
         event: Any = None
         engine = self._ring.engine
         try:
@@ -165,7 +165,7 @@ class Upload:
                         else:
                             break
                 finally:
-                    # Here, so that the arena and the host bytes outlive every copy, whatever becomes of the load.
+                    # The arena and the host bytes must outlive every copy, also if the load fails.
                     if event is not None:
                         engine.wait(event)
         except BaseException as error:
@@ -180,24 +180,24 @@ class Upload:
                 self._ended.set()
 
     def _send(self, place: int, nbytes: int, pieces: list[_Piece]) -> Any:
-        slot = self._ring.take()
+        slot = self._ring.acquire()
         try:
             begin = end = pieces[0].at
             for piece in pieces:
-                if piece.at > end:  # padding, of cuDNN's in a block: nothing that an earlier load left in the slot
+                if piece.at > end:  # padding: overwrite what an earlier load left in the slot
                     slot.bytes[end : piece.at] = bytes(piece.at - end)
                 self._fill(slot, piece)
                 end = piece.at + piece.nbytes
-            there = slice_at(self._allocations, place, nbytes)
-            event = self._ring.engine.copy(there, slot.memory[begin : begin + nbytes])
+            destination = slice_at(self._allocations, place, nbytes)
+            event = self._ring.engine.copy(destination, slot.memory[begin : begin + nbytes])
         except BaseException:
-            self._ring.forget()
+            self._ring.discard()
             raise
-        self._ring.give(slot, event)
+        self._ring.release(slot, event)
         return event
 
     def _fill(self, slot: Slot, piece: _Piece) -> None:
-        """Bring a piece into a slot; each of the three ways lets other threads run meanwhile."""
+        """Copy a piece into a slot. Each of the three ways releases Python's lock."""
         at, nbytes, done, span = piece
         source = self._sources[span.buffer]
         if span.cast is not None:
@@ -234,11 +234,13 @@ def divide(
     kinds: Mapping[int, torch.dtype],
     blocks: Sequence[tuple[int, torch.Tensor]] = (),
 ) -> list[torch.Tensor]:
-    """Return a flat tensor for each place and length in the arena, with a storage of its own.
+    """Return a flat tensor for each place and length.
 
-    Each has the dtype that `kinds` gives for its number, else or where it is not aligned uint8, and keeps the whole
-    arena alive. By DLPack's capsules, which hold on to the tensor that they came from and, used directly, wait for no
-    stream. For a place in one of the `blocks`, which are as in `Upload`, it is a view of that, of uint8.
+    In the arena, each tensor has its own torch storage and keeps the arena alive. Its dtype is the
+    one that `kinds` has for its number, or uint8 where the place is not aligned for that. DLPack makes the separate
+    storages: its capsules keep the source alive, and used directly they wait for no stream.
+
+    In one of the `blocks` (as in `Upload`), the tensor is a uint8 view of the block.
     """
     pieces = [arena] * len(places)
     numbers: dict[torch.dtype, list[int]] = {}
@@ -255,19 +257,19 @@ def divide(
     for kind, members in numbers.items():
         size = kind.itemsize
         typed = arena[: len(arena) // size * size].view(kind)
-        # All in one call: one slice at a time takes three times as long.
-        apart: list[int] = []
+        # One call for all slices takes a third of the time of a call for each.
+        separate: list[int] = []
         lengths, end = [], 0
         for number in members:
             begin, nbytes = places[number]
             if begin >= end:
-                apart.append(number)
+                separate.append(number)
                 lengths += [(begin - end) // size, nbytes // size]
                 end = begin + nbytes
-            else:  # these two share bytes
+            else:  # shares bytes with the one before
                 pieces[number] = typed[begin // size : (begin + nbytes) // size]
         cut = typed.split_with_sizes([*lengths, len(typed) - end // size])[1::2]
-        for number, piece in zip(apart, cut, strict=True):
+        for number, piece in zip(separate, cut, strict=True):
             pieces[number] = piece
         for number in members:
             pieces[number] = from_dlpack(to_dlpack(pieces[number]))
@@ -275,6 +277,6 @@ def divide(
 
 
 def slice_at(allocations: Sequence[tuple[int, torch.Tensor]], place: int, nbytes: int) -> torch.Tensor:
-    """Return bytes of the allocation that a place is in; each is given after the place at which it begins."""
+    """Return `nbytes` bytes from a place on. `allocations` has the first place of each allocation, in order."""
     begin, allocation = allocations[bisect.bisect_right(allocations, place, key=lambda each: each[0]) - 1]
     return allocation[place - begin : place - begin + nbytes]

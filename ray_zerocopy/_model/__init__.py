@@ -1,1 +1,1 @@
-"""A model <-> a skeleton, tensors and buffers. Knows torch and cloudpickle, no Ray cluster and no store."""
+"""A model <-> a skeleton, tensors and buffers. Needs torch and cloudpickle, but no Ray cluster or object store."""

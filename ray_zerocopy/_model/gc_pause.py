@@ -1,4 +1,4 @@
-"""The garbage collector, put off while objects are made that stay: a load makes thousands, an import 100,000s."""
+"""Pause the garbage collector during loads and imports: they make many objects that stay, and hardly any garbage."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import sys
 import threading
 from collections.abc import Iterator
 
-__all__ = ["gc_paused", "gc_paused_to_import"]
+__all__ = ["pause_gc", "pause_gc_to_import"]
 
-_lock = threading.RLock()  # a finalizer may run within it, and load a model
-_blocks: dict[object, int] = {}  # the blocks that have begun and not ended, each with its thread
-_threshold = 0  # how many new objects make the collector run, to be set again after the last of them
-# CPython 3.12 freezes some hundreds of its own objects when it starts; gc.freeze() takes thousands at the least.
+_lock = threading.RLock()  # reentrant: a finalizer may run while the lock is held, and load a model
+_blocks: dict[object, int] = {}  # the `pause_gc` blocks that are running, each with its thread
+_threshold = 0  # the collector's threshold before the first block, or 0 if no block is running
+# CPython 3.12 freezes some hundreds of objects when it starts. A call of gc.freeze() freezes thousands.
 _FROZEN_BY_PYTHON = 1000
 
 
 @contextlib.contextmanager
-def gc_paused() -> Iterator[None]:
-    """Let the collector wait, in all threads, until the last of these blocks ends.
+def pause_gc() -> Iterator[None]:
+    """Pause the collector in all threads until the last of these blocks ends.
 
-    By its threshold, so that code which a block runs, or another thread, may turn it off or on for its own reasons.
+    Sets the collector's threshold to 0, and leaves `gc.enable` and `gc.disable` to other code.
     """
     global _threshold
     block = object()
@@ -37,10 +37,10 @@ def gc_paused() -> Iterator[None]:
     finally:
         with _lock:
             _blocks.pop(block, None)
-            _settle()
+            _restore_threshold()
 
 
-def _settle() -> None:
+def _restore_threshold() -> None:
     global _threshold
     if _threshold and not _blocks:
         if gc.get_threshold()[0] == 0:
@@ -49,32 +49,37 @@ def _settle() -> None:
 
 
 def _after_fork() -> None:
-    """End the blocks of the parent's other threads, which the child does not have, nor what they held."""
+    """End the blocks of the parent's other threads, which do not exist in the child. Replace their lock."""
     global _lock
     _lock = threading.RLock()
     for block in [block for block, thread in _blocks.items() if thread != threading.get_ident()]:
         del _blocks[block]
-    _settle()
+    _restore_threshold()
 
 
 os.register_at_fork(after_in_child=_after_fork)
 
 
-@contextlib.contextmanager
-def gc_paused_to_import(module: str) -> Iterator[None]:
-    """Let the collector wait while a module is imported that may not be yet.
+_NOTHING = contextlib.nullcontext()
 
-    An import of torch or transformers makes objects by the 100,000 that stay as long as the process: going over
-    them again and again as young ones is a quarter of the time such an import takes. Afterwards they count as old
-    (CPython's own gc.freeze and gc.unfreeze do this), so that they are not gone over at once.
+
+def pause_gc_to_import(module: str) -> contextlib.AbstractContextManager[None]:
+    """Pause the collector during the first import of a module. Do nothing if the module is already imported.
+
+    An import of torch or transformers makes hundreds of thousands of objects that stay. Collecting the young
+    generations again and again takes a quarter of the import's time. After the import, `gc.freeze` and `gc.unfreeze`
+    move the objects to the oldest generation, so that the next collection of young objects skips them.
     """
-    if module in sys.modules:
-        yield
-        return
-    with gc_paused():
+    return _NOTHING if module in sys.modules else _pause_and_settle()
+
+
+@contextlib.contextmanager
+def _pause_and_settle() -> Iterator[None]:
+    with pause_gc():
         try:
             yield
         finally:
-            if gc.get_freeze_count() < _FROZEN_BY_PYTHON:  # else unfreeze() would undo what someone wanted
+            # unfreeze() would also unfreeze the objects that a user has frozen.
+            if gc.get_freeze_count() < _FROZEN_BY_PYTHON:
                 gc.freeze()
                 gc.unfreeze()

@@ -1,24 +1,25 @@
-r"""Tensors <-> a few buffers and a layout. Knows torch and numpy, no Ray.
+r"""A layout and buffers -> tensors, as views. Needs torch, but not Ray.
 
 Note [Storages, extents, buffers]
 
-Tensors are views of storages; storages are bytes at an address; and two storages may even share bytes (two
-`torch.from_numpy` of one array). The way from one to the other, for the bytes of one model::
+A tensor is a view of a storage, and a storage is a range of bytes at an address. Two storages can share bytes, such
+as two `torch.from_numpy` of one array. `pack` maps the storages of a model to buffers::
 
     storages       |== A: 9 MiB ==|  |= B =|  |= C: only 1 KiB of 1 GiB is reachable ... =|
                           |             |          |
-    extents        [======A=======]  [==B==]  [c]          what must be kept of each; overlaps merge
+    extents        [======A=======]  [==B==]  [c]          the bytes to keep of each; overlapping ones merge
                           |              \     /
-    buffers        [======A=======]     [==B==|c|...]      a big one goes as it is, small ones are packed
+    buffers        [======A=======]     [==B==|c|...]      a large extent is a buffer, small ones share a buffer
 
-`unpack` goes back: every source storage becomes a torch storage of its own over its slice of a buffer, because
-`torch.save`, `deepcopy`, safetensors and Hugging Face all tell ties, and sizes, by storage. On a device, or with
-another dtype, `arrange` says first where each storage is to lie there.
+`unpack` reverses this: every source storage becomes a separate torch storage over its slice of a buffer. They stay
+separate because `torch.save`, `deepcopy`, safetensors and Hugging Face detect ties, and measure sizes, by storage. On
+a device, or with another dtype, `_device/placement.py` first chooses an address for each storage, and `unpack` gets
+one flat tensor for each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,25 +42,28 @@ __all__ = [
 
 
 ALIGNMENT = 64
-# Bytes from which an extent is a buffer of its own, and so is not copied before the store copies it. Each
-# buffer costs a load about 3 us; each packed byte costs the driver a byte of heap while preparing.
+# An extent of at least this many bytes gets a separate buffer, which only the store copies. Smaller ones share a
+# buffer. Each buffer costs a load about 3 us. Each packed byte costs the driver a byte of heap during `prepare`.
 PACKED_BELOW = 64 * 1024
-# Bytes of a buffer: its number, the offset, how many. Slices and views are plain tuples because every load
-# unpickles all of them, and named ones take three times as long.
+# A range of a buffer: number of the buffer, offset in bytes, number of bytes. Slices and views are plain tuples,
+# because every load unpickles all of them, and named tuples take three times as long.
 Slice = tuple[int, int, int]
 
 
-# One tensor, as torch counts it: number of its storage; number of elements, if it is the only tensor over that
-# storage and is exactly all of it in order, else 0; dtype; offset in elements; shape; stride; is it a Parameter;
-# does it require a gradient; is it conjugate; is it negative.
+# One tensor: number of its storage; number of elements if it is contiguous and the only tensor over all of that
+# storage, otherwise 0; dtype; offset in elements; shape; stride; is a Parameter; requires a gradient; is conjugate;
+# is negative.
 View = tuple[int, int, torch.dtype, int, tuple[int, ...], tuple[int, ...], bool, bool, bool, bool]
 
 
 class Layout(NamedTuple):
-    """Where everything lies.
+    """Where the bytes of a model are.
 
-    `buffers` has their lengths; `storages` the slice of each storage; `views` the tensors over them; `arrays`
-    the slice of each out-of-band array, and whether it is read-only.
+    Attributes:
+        buffers: The size of each buffer in bytes.
+        storages: The slice of each storage.
+        views: The tensors, as views of the storages.
+        arrays: The slice of each out-of-band array, and whether the array is read-only.
     """
 
     buffers: list[int]
@@ -75,28 +79,33 @@ def align(nbytes: int, alignment: int = ALIGNMENT) -> int:
 # ---------------------------------------------------------------- another dtype
 
 
-# What `dtype=` converts. The smaller ones are quantized weights, which mean nothing without scales of their own.
+# The dtypes that `dtype=` converts. Smaller floats are quantized weights, which need their scales.
 _FLOATING = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 
-def dtype_changes(layout: Layout, dtype: torch.dtype | None) -> dict[int, torch.dtype]:
-    """Return the numbers of the storages that change where floating-point tensors become `dtype`, with their dtype.
+def dtype_changes(layout: Layout, dtype: torch.dtype | None, fixed: Collection[int] = ()) -> dict[int, torch.dtype]:
+    """Return the present dtypes, by number, of the storages to convert so that floating-point tensors become `dtype`.
 
-    Raises ValueError where bytes are seen as more than one dtype: converted, they could not be shared any more.
+    The tensors numbered in `fixed` keep their dtype.
+
+    Raises:
+        ValueError: `dtype` is no floating-point dtype; or tensors share bytes that have several dtypes or belong to
+            several storages. After a conversion, they could not share the bytes.
     """
     if dtype is None:
         return {}
     if dtype not in _FLOATING:
         raise ValueError(
-            f"dtype={dtype!r} is not one to convert weights to. Give torch.float16, torch.bfloat16, torch.float32 or "
-            f"torch.float64."
+            f"dtype={dtype!r} is not supported: weights can be converted to torch.float16, torch.bfloat16, "
+            f"torch.float32 or torch.float64. Give one of these."
         )
+    fixed_storages = {layout.views[number][0] for number in fixed}
     seen: dict[int, dict[torch.dtype, tuple[int, ...]]] = {}
     for number, _, kind, _, shape, *_ in layout.views:
         seen.setdefault(number, {})[kind] = shape
     changed: dict[int, torch.dtype] = {}
     for number, kinds in seen.items():
-        if _FLOATING.isdisjoint(kinds.keys() - {dtype}):
+        if number in fixed_storages or _FLOATING.isdisjoint(kinds.keys() - {dtype}):
             continue
         if len(kinds) > 1:
             raise _cannot_convert(dtype, " and ".join(f"{kind} {list(shape)}" for kind, shape in kinds.items()))
@@ -107,9 +116,10 @@ def dtype_changes(layout: Layout, dtype: torch.dtype | None) -> dict[int, torch.
     return changed
 
 
-def _cannot_convert(dtype: torch.dtype, what: str) -> ValueError:
+def _cannot_convert(dtype: torch.dtype, shared_as: str) -> ValueError:
     return ValueError(
-        f"dtype={dtype} cannot be applied: tensors share their bytes as {what}. Convert the model before sharing it."
+        f"dtype={dtype} cannot be applied: tensors share bytes as {shared_as}, and could not share them after the "
+        f"conversion. Convert the model before sharing it: model.to({dtype})."
     )
 
 
@@ -118,7 +128,7 @@ def storages_in_order(storages: list[Slice]) -> list[tuple[Slice, int]]:
 
 
 def overlapping_storages(storages: list[Slice]) -> Iterator[tuple[int, int]]:
-    """Find each storage that has bytes with an earlier one; with it goes the one that begins next before it."""
+    """Yield (predecessor, storage) for each storage that overlaps an earlier one, in the order of offsets."""
     end, last = (0, 0), -1
     for (buffer, offset, nbytes), number in storages_in_order(storages):
         if (buffer, offset) < end:
@@ -127,7 +137,7 @@ def overlapping_storages(storages: list[Slice]) -> Iterator[tuple[int, int]]:
 
 
 def unshared_storages(layout: Layout) -> set[int]:
-    """Return the numbers of the tensors with a storage of their own, and bytes, that no other tensor sees."""
+    """Return the numbers of the tensors that have bytes which no other tensor shares."""
     shared = {number for both in overlapping_storages(layout.storages) for number in both}
     return {i for i, (number, elements, *_) in enumerate(layout.views) if elements and number not in shared}
 
@@ -138,7 +148,7 @@ def unshared_storages(layout: Layout) -> set[int]:
 def storage_dtypes(
     layout: Layout, changed: dict[int, torch.dtype], dtype: torch.dtype | None
 ) -> dict[int, torch.dtype]:
-    """Return the dtype of each storage that is one tensor and no more, by its number, where floats become `dtype`."""
+    """Return the dtype, after the conversion, of each storage that one tensor covers, by number."""
     found = {number: kind for number, elements, kind, *_ in layout.views if elements}
     if dtype is not None:
         found.update((number, dtype) for number in changed.keys() & found.keys())
@@ -154,11 +164,17 @@ def unpack(
     dtype: torch.dtype | None = None,
     keep_flags: bool = False,
 ) -> list[torch.Tensor]:
-    """Make the tensors of a layout as views of writable buffers, each given with the offset at which it begins.
+    """Make the tensors of a layout as views of buffers or of flat tensors.
 
-    Every storage holds on to its buffer. With `pieces`, a flat tensor for the bytes of each storage, wherever they
-    are, the tensors are views of these; a piece that has the dtype of `storage_dtypes` becomes the tensor itself.
-    Those of the numbers `changed` have `dtype`. Unless `keep_flags`, no tensor requires a gradient.
+    Args:
+        layout: Describes the tensors.
+        buffers: Writable memory of each buffer, and the offset at which the buffer begins. A storage keeps its
+            buffer alive.
+        pieces: Replaces the buffers: a flat tensor with the bytes of each storage, on any device. A piece that has
+            the dtype of `storage_dtypes` becomes the tensor, without a new view.
+        changed: The storages that were converted to `dtype`, by number; see `dtype_changes`.
+        dtype: The dtype of these storages.
+        keep_flags: Keeps `requires_grad`. By default no tensor requires a gradient.
     """
     ready: list[torch.UntypedStorage | None] = [None] * len(layout.storages)
     slices = layout.storages
@@ -167,7 +183,7 @@ def unpack(
     tensors: list[torch.Tensor] = []
     for number, elements, kind, offset, shape, stride, parameter, flag, conjugate, negative in layout.views:
         if elements and not pieces:
-            # The quickest way there is, 2 us with the Parameter: the storage is made along with the tensor.
+            # The fastest way, 2 us with the Parameter: torch makes the storage along with the tensor.
             buffer, begin, _ = slices[number]
             memory, base = buffers[buffer]
             tensor = torch.frombuffer(memory, dtype=kind, count=elements, offset=base + begin)
@@ -209,7 +225,7 @@ def storage_over(piece: Slice, buffers: Sequence[tuple[Any, int]]) -> torch.Unty
 
 
 def unpack_arrays(layout: Layout, buffers: Sequence[tuple[Any, int]]) -> list[memoryview]:
-    """Return the memory of each out-of-band array of a layout, read-only where the source was."""
+    """Return the memory of each out-of-band array, read-only if the source was read-only."""
     arrays = []
     for (buffer, offset, nbytes), readonly in layout.arrays:
         memory, base = buffers[buffer]

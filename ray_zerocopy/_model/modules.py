@@ -1,4 +1,4 @@
-"""Kinds of modules: how each is reduced and rebuilt, in pairs. See Note [Skeletons] in `graph.py`."""
+"""Kinds of modules: a pair of functions that reduce and rebuild each. See Note [Skeletons] in `graph.py`."""
 
 from __future__ import annotations
 
@@ -15,14 +15,21 @@ from typing import Any
 import torch
 from torch.nn.utils import parametrize
 
-from .kinds import Walk, has_default_reduce, reduces
+from .kinds import Walk, reduces
+from .objects import default_state, has_default_reduce, set_default_state
+from .operators import (
+    note_graph_operators,
+    note_script_operators,
+    pytree_registrations,
+    register_pytree_types,
+)
 from .script.write import reduce_script
 
-__all__ = ["flatten_recurrent", "new_object", "set_module_state"]
+__all__ = ["flatten_rnns", "new_object", "set_module_state"]
 
 Tensor = torch.Tensor
 GraphModule: Any = torch.fx.GraphModule
-new_object = copyreg.__newobj__  # type: ignore[attr-defined]  # pickle has an opcode for it
+new_object = copyreg.__newobj__  # type: ignore[attr-defined]  # pickle writes one opcode for it
 
 
 @reduces(torch.nn.Module)
@@ -32,14 +39,17 @@ def _reduce_module(module: torch.nn.Module, walk: Walk) -> Any:
     if "parametrizations" in module.__dict__.get("_modules", ()) and parametrize.is_parametrized(module):
         return reduce_parametrized(module)
     if kind in walk.dispatch_table or not has_default_reduce(kind):
-        walk.opaque.append(module)
-        walk.constructs = True
+        walk.opaque_modules.append(module)
+        walk.runs_constructors = True
         if kind.__reduce__ is GraphModule.__reduce__:
-            return reduce_graph_module(module, walk.failure)
+            note_graph_operators(walk, module)
+            return reduce_graph_module(module, walk.pickle_error)
     elif has_plain_state(kind):
+        if hasattr(kind, "__slots__"):  # which torch's Module.__setstate__ loses
+            return new_object, (kind,), default_state(module), None, None, set_default_state
         return new_object, (kind,), state_of(kind, module), None, None, set_module_state
     elif isinstance(state := state_of(kind, module), tuple) and not hasattr(kind, "__getnewargs__"):
-        # torch's quantized convolutions: their __setstate__ wants a module that has been initialized.
+        # torch's quantized convolutions: their __setstate__ needs an initialized module.
         return _new_initialized, (kind,), state
     return NotImplemented
 
@@ -54,12 +64,11 @@ def _new_initialized(kind: type[torch.nn.Module]) -> torch.nn.Module:
 
 
 def has_plain_state(kind: type[torch.nn.Module]) -> bool:
-    """Tell whether a module of this class is its `__dict__` and nothing else, as torch pickles it."""
+    """Tell whether torch pickles a module of this class as its `__dict__`."""
     return (
         kind.__setstate__ is torch.nn.Module.__setstate__
         and getattr(kind, "__getstate__", None) is getattr(torch.nn.Module, "__getstate__", None)
         and kind.__new__ is object.__new__
-        and not hasattr(kind, "__slots__")
     )
 
 
@@ -69,30 +78,32 @@ def state_of(kind: type[torch.nn.Module], module: torch.nn.Module) -> Any:
 
 
 def set_module_state(module: torch.nn.Module, state: dict[str, Any]) -> None:
-    # Module.__setstate__ also adds what pickles of earlier versions of torch lack: a sixth of the time to
-    # unpickle BERT, and the state comes from this version.
+    # Module.__setstate__ also adds attributes that pickles of older torch versions lack. That takes a sixth of the
+    # time to unpickle BERT, and this state comes from the same version.
     object.__setattr__(module, "__dict__", state)
 
 
-# ---------------------------------------------------------------- TorchScript; the pair of these is in `script/`
+# ---------------------------------------------------------------- TorchScript, which `script/` reduces and rebuilds
 
 
 @reduces(torch.jit.ScriptModule)
 def _reduce_script_module(module: torch.jit.ScriptModule, walk: Walk) -> Any:
     walk.modules.append(module)
-    walk.composed = type(module).__name__
+    walk.fixed_dtype_class = type(module).__name__
+    note_script_operators(walk, module)
     return walk.scripts.reduce(module)
 
 
 @reduces(torch.jit.ScriptFunction)
 def _reduce_script_function(function: Any, walk: Walk) -> Any:
-    walk.composed = type(function).__name__
+    walk.fixed_dtype_class = type(function).__name__
+    note_script_operators(walk, function)
     return reduce_script(function)
 
 
 @reduces(torch.ScriptMethod)
 def _reduce_script_method(method: Any, walk: Walk) -> Any:
-    walk.composed = type(method).__name__
+    walk.fixed_dtype_class = type(method).__name__
     return walk.scripts.reduce_method(method)
 
 
@@ -101,27 +112,33 @@ def _reduce_script_method(method: Any, walk: Walk) -> Any:
 
 @reduces(torch.export.ExportedProgram)
 def _reduce_exported(program: Any, walk: Walk) -> Any:
-    walk.composed = type(program).__name__
+    walk.fixed_dtype_class = type(program).__name__
+    note_graph_operators(walk, program.graph_module)
     return reduce_exported_program(program)
 
 
 def reduce_exported_program(program: Any) -> Any:
-    """Describe an exported program by torch's own format for its graph, and its tensors beside that.
+    """Reduce an exported program to torch's serialization of its graph, and its tensors.
 
-    Its default pickle would trace the graph anew, and fail.
+    The default pickle traces the graph again, and fails.
     """
-    from torch._export.serde.serialize import ExportedProgramSerializer  # a second to import
+    from torch._export.serde.serialize import ExportedProgramSerializer  # the import takes a second
 
     serialized = ExportedProgramSerializer().serialize(
         program, serialize_state_dict=False, serialize_constants=False, serialize_example_inputs=False
     )
     tensors = (dict(program.state_dict), dict(program.constants), program.example_inputs)
-    return _rebuild_exported_program, (serialized.exported_program, *tensors)
+    calls = [entry.signature for entry in program.module_call_graph if entry.signature is not None]
+    specs = [spec for call in calls for spec in (call.in_spec, call.out_spec)]
+    return _rebuild_exported_program, (serialized.exported_program, *tensors, pytree_registrations(specs))
 
 
-def _rebuild_exported_program(graph: Any, state: dict[str, Tensor], constants: dict[str, Any], example: Any) -> Any:
+def _rebuild_exported_program(
+    graph: Any, state: dict[str, Tensor], constants: dict[str, Any], example: Any, registrations: list[Any]
+) -> Any:
     from torch._export.serde.serialize import ExportedProgramDeserializer
 
+    register_pytree_types(registrations)
     with _torch_globals:
         return ExportedProgramDeserializer().deserialize(graph, state, constants, example)
 
@@ -130,7 +147,7 @@ def _rebuild_exported_program(graph: Any, state: dict[str, Tensor], constants: d
 
 
 def reduce_parametrized(module: torch.nn.Module) -> Any:
-    """Describe a module whose class torch made for it alone, and refuses to pickle, by the class under that."""
+    """Reduce a parametrized module to its original class: torch cannot pickle the class that it makes per module."""
     kind = parametrize.type_before_parametrizations(module)
     names = tuple(module.parametrizations.keys())  # type: ignore[operator,union-attr]
     return _new_parametrized, (kind, names), state_of(kind, module), None, None, _set_parametrized_state
@@ -154,32 +171,32 @@ def _set_parametrized_state(module: torch.nn.Module, state: Any) -> None:
 
 
 _GRAPH_ATTRIBUTES = ("_graph", "_code", "_lineno_map", "_prologue_start")
-# torch puts the code that it traces on a class, one for all threads, and its reader of exported programs in a global.
+# torch's tracer sets attributes of a class, and its deserializer of exported programs a global variable.
 _torch_globals = threading.Lock()
 
 
 @dataclasses.dataclass(frozen=True)
 class _NodeNumber:
-    """Stands for a node among the arguments of a later one."""
+    """A reference to an earlier node, among the arguments of a node."""
 
     number: int
 
 
-def reduce_graph_module(module: Any, failure: Callable[[object], Exception | None]) -> Any:
-    """Describe a GraphModule by its nodes, or by its code where these do not pickle, as `failure` tells.
+def reduce_graph_module(module: Any, pickle_error: Callable[[object], Exception | None]) -> Any:
+    """Reduce a GraphModule to its nodes, or to its code if `pickle_error` finds that the nodes do not pickle.
 
-    The code is traced to have nodes again, and torch changes `nn.Module` itself while it traces: whoever calls a
-    model in another thread meanwhile gets an error.
+    Nodes are better. Rebuilding from code traces the code, and torch patches `nn.Module` while it traces: a call of
+    a model in another thread raises an error meanwhile.
     """
     nodes = _describe_nodes(module.graph)
-    if nodes is None or failure(nodes):
+    if nodes is None or pickle_error(nodes):
         return _rebuild_from_code, module.__reduce__()[1]
     state = {name: value for name, value in module.__dict__.items() if name not in _GRAPH_ATTRIBUTES}
     return _rebuild_from_nodes, (type(module).__name__, state, nodes)
 
 
 def _describe_nodes(graph: Any) -> list[tuple[Any, ...]] | None:
-    """Return op, target, arguments, name and type of each node; None where these are not all there is to a graph."""
+    """Return op, target, arguments, name and type of each node; None if they do not describe the whole graph."""
     if type(graph._codegen) is not torch.fx.graph.CodeGen or graph._codegen._body_transformer is not None:
         return None
     nodes: list[tuple[Any, ...]] = []
@@ -187,7 +204,7 @@ def _describe_nodes(graph: Any) -> list[tuple[Any, ...]] | None:
     try:
         for node in graph.nodes:
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), numbers.__getitem__)  # type: ignore[arg-type]
-            target = _importable(node.target) if node.op == "call_function" else node.target
+            target = _importable_form(node.target) if node.op == "call_function" else node.target
             numbers[node] = _NodeNumber(len(nodes))
             nodes.append((node.op, target, args, kwargs, node.name, node.type))
     except Exception:
@@ -195,8 +212,8 @@ def _describe_nodes(graph: Any) -> list[tuple[Any, ...]] | None:
     return nodes
 
 
-def _importable(function: Any) -> Any:
-    """Return a function as it can be pickled, or its name; LookupError where neither leads back to it."""
+def _importable_form(function: Any) -> Any:
+    """Return the function if it can be pickled, otherwise its name. Raise LookupError if both are impossible."""
     with contextlib.suppress(Exception):
         if pickle.loads(pickle.dumps(function)) is function:
             return function
@@ -208,16 +225,16 @@ def _importable(function: Any) -> Any:
 
 def _rebuild_from_nodes(name: str, state: dict[str, Any], nodes: list[tuple[Any, ...]]) -> torch.nn.Module:
     graph = torch.fx.Graph(tracer_cls=state.get("_tracer_cls"), tracer_extras=state.get("_tracer_extras"))
-    made: list[Any] = []
+    created: list[Any] = []
 
-    def known(part: Any) -> Any:
-        return made[part.number] if type(part) is _NodeNumber else part
+    def resolve(part: Any) -> Any:
+        return created[part.number] if type(part) is _NodeNumber else part
 
-    for op, target, args, kwargs, called, kind in nodes:
+    for op, target, args, kwargs, node_name, kind in nodes:
         if op == "call_function" and isinstance(target, str):
             target = pkgutil.resolve_name(target)
-        given = torch.fx.node.map_aggregate((args, kwargs), known)
-        made.append(graph.create_node(op, target, *given, called, kind))
+        arguments = torch.fx.node.map_aggregate((args, kwargs), resolve)
+        created.append(graph.create_node(op, target, *arguments, node_name, kind))
     root = torch.nn.Module()
     root.__dict__.update(state)
     module: torch.nn.Module = GraphModule(root, graph, name)
@@ -226,7 +243,7 @@ def _rebuild_from_nodes(name: str, state: dict[str, Any], nodes: list[tuple[Any,
 
 
 def _rebuild_from_code(body: dict[str, Any], imports: str) -> torch.nn.Module:
-    """Make a GraphModule as torch does, but with the hooks, names and order that it had."""
+    """Rebuild a GraphModule as torch does, and restore the hooks, names and order of its parts."""
     with _torch_globals:
         module = torch.fx.graph_module.reduce_graph_module(body, imports)
     module.__dict__.update((name, value) for name, value in body.items() if name not in _GRAPH_ATTRIBUTES)
@@ -236,11 +253,12 @@ def _rebuild_from_code(body: dict[str, Any], imports: str) -> torch.nn.Module:
 # ---------------------------------------------------------------- recurrent
 
 
-def flatten_recurrent(modules: Sequence[torch.nn.RNNBase], tensors: Sequence[Tensor]) -> None:
-    """Bring an RNN's weights on a CUDA device into one block, as cuDNN wants them; else it does so in each call.
+def flatten_rnns(modules: Sequence[torch.nn.RNNBase], tensors: Sequence[Tensor]) -> None:
+    """Move the weights of RNNs on a CUDA device into one block each. Otherwise cuDNN copies the weights in each call.
 
-    Only where a load could not place them so at once (`Parts.recurrent`): they are twice there meanwhile. Not where
-    they are in one storage already, nor where another tensor sees one of them: that tie would go.
+    Skips an RNN whose weights are in one storage already: the load has placed them (`Parts.rnns`). Skips an RNN if
+    another tensor shares a storage with a weight, because flattening would break the tie. Flattening needs device
+    memory for a second copy of the weights, until it ends.
     """
     seen = collections.Counter(tensor.untyped_storage()._cdata for tensor in tensors)
     for module in modules:

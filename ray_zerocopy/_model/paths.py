@@ -1,28 +1,31 @@
-"""Walk object graphs, and say where in them a thing is: for reports, for error messages and to find models.
+"""Walk object graphs with the path of each object, for reports, for error messages and to find models.
 
-A path is spelled as Python is: `.encoder.layers[0].weight`, `['key']`; what has no spelling is in angle brackets,
-such as `.<closure scale>`. Walking runs no code of the objects, properties least of all.
+A path is written as in Python: `.encoder.layers[0].weight`, `['key']`. A step without a Python expression is in angle
+brackets, such as `.<closure scale>`. The walk runs no code of the objects, such as properties.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import dis
 import functools
+import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from .kinds import has_default_reduce
+from .kinds import Refusal, has_default_reduce
 from .script import parts
+from .training_wrappers import RefusedPart
 
-__all__ = ["attributes_of", "children", "follow", "unpicklable", "walk"]
+__all__ = ["attributes_of", "children", "follow", "global_names", "too_deep_error", "unpicklable_error", "walk"]
 
 
 def children(obj: object) -> Iterator[tuple[str, Any]]:
-    """Yield what `obj` holds directly, each with the text that leads from `obj` to it: `.name`, `[0]`, `['key']`."""
+    """Yield the objects that `obj` holds directly, each after its step of a path: `.name`, `[0]`, `['key']`."""
     if isinstance(obj, torch.Tensor):
         yield from ((f".{name}", value) for name, value in obj.__dict__.items())
         return
@@ -38,6 +41,9 @@ def children(obj: object) -> Iterator[tuple[str, Any]]:
         yield from ((".func", obj.func), (".args", obj.args), (".keywords", obj.keywords))
     elif isinstance(obj, types.MethodType):
         yield ".__self__", obj.__self__
+        name = getattr(obj.__func__, "__name__", "")  # a partial has no name
+        if getattr(type(obj.__self__), name, None) is not obj.__func__:  # bound by hand to this object
+            yield ".__func__", obj.__func__
     elif isinstance(obj, types.FunctionType):
         for name, cell in zip(obj.__code__.co_freevars, obj.__closure__ or (), strict=True):
             try:
@@ -47,25 +53,25 @@ def children(obj: object) -> Iterator[tuple[str, Any]]:
         names = obj.__code__.co_varnames[: obj.__code__.co_argcount][-len(obj.__defaults__ or ()) :]
         defaults = {**dict(zip(names, obj.__defaults__ or (), strict=False)), **(obj.__kwdefaults__ or {})}
         yield from ((f".<default {name}>", value) for name, value in defaults.items())
-    if isinstance(obj, (type, type(torch), torch.fx.Graph)):  # a graph's tensors are fake ones
+    if isinstance(obj, (type, type(torch), torch.fx.Graph)):  # the tensors of a graph are fake tensors
         return
     if isinstance(obj, (torch.jit.ScriptModule, torch.jit.ScriptFunction)):
         yield from parts.named_tensors(obj)
         return
-    yield from _named(obj, attributes_of(obj))
+    yield from _named_attributes(obj, attributes_of(obj))
     for kind in type(obj).__mro__:
         if "__slots__" not in kind.__dict__:
             continue
         for name, slot in kind.__dict__.items():
             if isinstance(slot, types.MemberDescriptorType):
                 try:
-                    yield f".{_unmangled(kind, name)}", slot.__get__(obj)
+                    yield f".{_unmangle(kind, name)}", slot.__get__(obj)
                 except AttributeError:  # never set
                     continue
 
 
 def attributes_of(obj: object) -> dict[str, Any]:
-    """Return what an object has in a `__dict__` of its own, not what a `__getattr__` or a proxy answers."""
+    """Return an object's `__dict__` without running `__getattr__` or following a proxy; empty if there is none."""
     try:
         attributes = object.__getattribute__(obj, "__dict__")
     except AttributeError:
@@ -73,7 +79,7 @@ def attributes_of(obj: object) -> dict[str, Any]:
     return attributes if isinstance(attributes, dict) else {}
 
 
-def _named(obj: object, attributes: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+def _named_attributes(obj: object, attributes: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     of_module = isinstance(obj, torch.nn.Module)
     for name, value in list(attributes.items()):
         if of_module and name in ("_parameters", "_buffers", "_modules"):
@@ -82,7 +88,7 @@ def _named(obj: object, attributes: dict[str, Any]) -> Iterator[tuple[str, Any]]
             yield f".{name}", value
 
 
-def _unmangled(kind: type, name: str) -> str:
+def _unmangle(kind: type, name: str) -> str:
     prefix = f"_{kind.__name__.lstrip('_')}__"
     return name[len(prefix) - 2 :] if name.startswith(prefix) else name
 
@@ -91,9 +97,9 @@ _LEAVES = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch
 
 
 def walk(obj: object, path: str = "", stop_at: tuple[type, ...] = ()) -> Iterator[tuple[str, Any]]:
-    """Yield `obj` and everything reachable from it once, each with its path from `obj`; never runs a property.
+    """Yield `obj` and every object reachable from it once, each after its path. Never runs a property.
 
-    What instances of the types in `stop_at` hold is not looked at.
+    Yields instances of the types in `stop_at`, but not the objects that they hold.
     """
     seen: set[int] = set()
     alive: list[object] = []
@@ -111,108 +117,156 @@ def walk(obj: object, path: str = "", stop_at: tuple[type, ...] = ()) -> Iterato
 
 
 def follow(obj: object, path: str) -> Any:
-    """Return what lies at a path as `children` spells them, such as `.stages[0].model`; LookupError if nothing.
+    """Return the object at a path such as `.stages[0].model`. A string key may have quotes of either kind.
 
-    A key that is a string may have quotes of either kind around it.
+    Raises:
+        LookupError: There is no object at the path.
     """
     if not path:
         return obj
     for step, child in children(obj):
-        length = len(step) if path.startswith(step) else _length_of_key(path, step)
+        length = len(step) if path.startswith(step) else _key_length(path, step)
         if length and path[length : length + 1] in ("", ".", "["):
-            with contextlib.suppress(LookupError):  # a name may go on like another, with a dot in it
+            with contextlib.suppress(LookupError):  # names with a dot are ambiguous: try the next child
                 return follow(child, path[length:])
     raise LookupError(path)
 
 
-def _length_of_key(path: str, step: str) -> int:
-    """Return how many characters at the beginning of a path spell a step's string key in the other quotes, or 0."""
+def _key_length(path: str, step: str) -> int:
+    """Return the length of a step at the beginning of a path if the path has the other kind of quotes, else 0."""
     if not step.startswith(("['", '["')) or "\\" in step:
         return 0
     quote = '"' if step[1] == "'" else "'"
     return len(step) if path.startswith(f"[{quote}{step[2:-2]}{quote}]") else 0
 
 
-# ---------------------------------------------------------------- what cannot be pickled
+# ---------------------------------------------------------------- unpicklable objects
 
 
-def unpicklable(obj: object, fails: Callable[[object], Exception | None], error: Exception) -> TypeError:
-    """Return the error that names the deepest part of `obj` which does not pickle, by its path.
+def unpicklable_error(obj: object, pickle_error: Callable[[object], Exception | None], error: Exception) -> TypeError:
+    """Return a TypeError with the path of the deepest part of `obj` that cannot be pickled, and a remedy.
 
-    `fails` tries a part, and returns what was raised, or None.
+    `pickle_error` pickles a part on trial, and returns the exception or None. `error` is the exception for `obj`.
     """
-    path, culprit, reason = _deepest(obj, fails, error)
+    if isinstance(error, RefusedPart):
+        path = next((path for path, part in walk(obj) if part is error.part), "")
+        return TypeError(error.message(type(obj).__qualname__, path))
+    path, reason, parts_on_the_way = _find_culprit(obj, pickle_error, error)
+    culprit = parts_on_the_way[-1]
     where = f"{type(obj).__qualname__}{path}" if path else type(obj).__qualname__
     kind = f"{type(culprit).__module__}.{type(culprit).__qualname__}"
     if "._guards_fn." in path:
         return TypeError(
-            f"{where.split('._guards_fn')[0].rpartition('>.')[2]} is what torch.export's module() gives, which torch "
-            f"cannot pickle. Share the ExportedProgram itself, and call its module() in the worker."
+            f"{where.split('._guards_fn')[0].rpartition('>.')[2]} was made by ExportedProgram.module(), which torch "
+            f"cannot pickle. Share the ExportedProgram instead, and call its module() in the worker."
         )
     if len(where) > 300:
         where = f"{where[:100]} ... {where[-150:]}"
+    fact = f"{type(obj).__qualname__} cannot be shared: {where} is a {kind}"
+    holder = next((type(part) for part in reversed(parts_on_the_way) if _is_of_user_class(part)), None)
+    leave_out = f", or leave it out in {holder.__qualname__}.__getstate__" if holder is not None else ""
+    if isinstance(reason, Refusal):
+        return TypeError(f"{fact}, which cannot be pickled: {reason}. {reason.remedy}")
     return TypeError(
-        f"{type(obj).__qualname__} cannot be shared: {where} is a {kind}, which cannot be pickled "
-        f"({type(reason).__name__}: {reason}). Remove it before sharing and create it again in the worker, "
-        f"or give the class that holds it a __getstate__ without it."
+        f"{fact}, which cannot be pickled ({type(reason).__name__}: {reason}). Remove it before sharing and create "
+        f"it again in the worker{leave_out}."
     )
 
 
-# Every object has one from Python 3.11 on.
+def too_deep_error(obj: object) -> TypeError:
+    """Return the error for an object whose parts are nested too deep for pickle."""
+    deepest, pending, seen = (0, ""), [(0, "", obj)], set()
+    while pending:
+        depth, path, current = pending.pop()
+        if id(current) not in seen and not isinstance(current, _LEAVES):
+            seen.add(id(current))
+            deepest = max(deepest, (depth, path), key=lambda place: place[0])
+            pending += [(depth + 1, path[:60] + step[-20:], child) for step, child in children(current)]
+    depth, path = deepest
+    return TypeError(
+        f"{type(obj).__qualname__} cannot be shared: its parts are nested {depth} deep, too deep for pickle. "
+        f"The deepest part begins at {type(obj).__qualname__}{path[:60]}. Hold the parts in one list (nn.ModuleList) "
+        f"instead of in each other."
+    )
+
+
+def _is_of_user_class(part: object) -> bool:
+    """Tell whether a user may add methods to the class of `part`: it is of no standard library and not torch's."""
+    top = type(part).__module__.partition(".")[0]
+    return (top not in sys.stdlib_module_names and top != "torch") or top == "__main__"
+
+
+# Every object has a __getstate__ from Python 3.11 on.
 _DEFAULT_GETSTATE = getattr(object, "__getstate__", None)
 _MODULE_GETSTATE = getattr(torch.nn.Module, "__getstate__", None)
 
 
-def _pickled_of(obj: object) -> Iterator[tuple[str, Any]]:
-    """Yield what a pickler goes on to from `obj`, with paths: its children and more, or its own choice of them."""
+def _pickled_parts(obj: object) -> Iterator[tuple[str, Any]]:
+    """Yield the objects that pickle reads from `obj`, each after its step of a path.
+
+    These are the values of a dict that `__getstate__` returns; otherwise the children, and the class or globals.
+    """
     kind: Any = type(obj)
     if isinstance(obj, torch.jit.ScriptModule):
-        for path, state in parts.python_state(obj).items():
-            yield from ((f".{path}.{name}" if path else f".{name}", value) for name, value in state.items())
+        for path, attributes in parts.python_state(obj).items():
+            yield from ((f".{path}.{name}" if path else f".{name}", value) for name, value in attributes.items())
         return
-    own = getattr(kind, "__getstate__", None)
-    if has_default_reduce(kind) and own not in (None, _DEFAULT_GETSTATE, _MODULE_GETSTATE):
-        chosen: Any = None
-        with contextlib.suppress(Exception):  # which is then why it cannot be pickled
-            chosen = own(obj)
-        if isinstance(chosen, dict):
-            yield from _named(obj, chosen)
+    getstate = getattr(kind, "__getstate__", None)
+    if has_default_reduce(kind) and getstate not in (None, _DEFAULT_GETSTATE, _MODULE_GETSTATE):
+        state: Any = None
+        with contextlib.suppress(Exception):  # then `obj` is the culprit
+            state = getstate(obj)
+        if isinstance(state, dict):
+            yield from _named_attributes(obj, state)
             return
     yield from children(obj)
     if isinstance(obj, types.FunctionType):
-        used = (name for name in obj.__code__.co_names if name in obj.__globals__)
+        used = (name for name in global_names(obj.__code__) if name in obj.__globals__)
         yield from ((f".<global {name}>", obj.__globals__[name]) for name in used)
     elif isinstance(obj, type):
-        yield from _named(obj, dict(obj.__dict__))
+        yield from _named_attributes(obj, dict(obj.__dict__))
     else:
         yield ".__class__", kind
 
 
-def _deepest(
-    obj: object, fails: Callable[[object], Exception | None], error: Exception
-) -> tuple[str, object, Exception]:
-    """Follow the failing child from `obj` down to the one none of whose own children fails.
+def global_names(code: types.CodeType) -> list[str]:
+    """Return the globals that a function's code reads or writes, and those of the functions inside it."""
+    names = dict.fromkeys(i.argval for i in dis.get_instructions(code) if i.opname.endswith("_GLOBAL"))
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names.update(dict.fromkeys(global_names(constant)))
+    return list(names)
 
-    What leads back to where the search came from may fail for that alone: other children are tried before it.
+
+def _find_culprit(
+    obj: object, pickle_error: Callable[[object], Exception | None], error: Exception
+) -> tuple[str, Exception, list[object]]:
+    """Descend from `obj` to a failing part without failing children.
+
+    Returns its path, its exception, and the objects on the way, the part last. A part that refers back to an object
+    on the way may fail only because of that object. Other parts are preferred.
     """
-    way = [("", obj, error, _pickled_of(obj))]
+    stack = [("", obj, error, _pickled_parts(obj))]
     seen = {id(obj)}
-    instead = None
-    while way:
-        path, current, reason, left = way[-1]
+    fallback = None
+    while stack:
+        path, current, reason, remaining = stack[-1]
         leads_back = False
-        for step, child in left:
+        if isinstance(reason, Refusal) and reason.part is current:
+            remaining = iter(())
+        for step, child in remaining:
             leads_back = leads_back or id(child) in seen
             if id(child) in seen or isinstance(child, _LEAVES):
                 continue
-            failure = fails(child)
+            failure = pickle_error(child)
             if failure is not None:
                 seen.add(id(child))
-                way.append((path + step, child, failure, _pickled_of(child)))
+                stack.append((path + step, child, failure, _pickled_parts(child)))
                 break
         else:
+            way = [part for _, part, _, _ in stack]
             if not leads_back:
-                return path, current, reason
-            instead = instead or (path, current, reason)
-            way.pop()
-    return instead or ("", obj, error)
+                return path, reason, way
+            fallback = fallback or (path, reason, way)
+            stack.pop()
+    return fallback or ("", error, [obj])

@@ -1,4 +1,4 @@
-"""Kinds of tensors: how each is reduced and rebuilt. See Note [Skeletons] in `graph.py`."""
+"""Kinds of tensors: a pair of functions that reduce and rebuild each. See Note [Skeletons] in `graph.py`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
+from . import paths
 from .kinds import Walk, reduces
 from .script import parts
 
@@ -28,10 +29,12 @@ Parameter = torch.nn.Parameter
 
 
 def is_plain(tensor: Tensor) -> bool:
+    """Tell whether a `torch.Tensor` or `Parameter` is a view of a storage without Python attributes."""
     return not tensor.__dict__ and has_storage(tensor)
 
 
 def has_storage(tensor: Tensor) -> bool:
+    """Tell whether a tensor is a strided view of one storage: not sparse, quantized, nested or on the meta device."""
     return (
         tensor.layout is torch.strided
         and not tensor.is_meta
@@ -42,13 +45,13 @@ def has_storage(tensor: Tensor) -> bool:
 
 
 def components(tensor: Tensor) -> Iterator[Tensor]:
-    """Yield the tensors with bytes of their own that `tensor` is made of: itself, or a sparse one's values, ..."""
+    """Yield the tensors that hold the bytes of `tensor`: itself, or the indices and values of a sparse one, ..."""
     if torch.nn.parameter.is_lazy(tensor) or tensor.is_meta:
         return
     flatten = getattr(tensor, "__tensor_flatten__", None)
     if flatten is not None:
-        for name in flatten()[0]:
-            yield from components(getattr(tensor, name))
+        inner = (getattr(tensor, name) for name in flatten()[0])
+        yield from (part for held in inner if isinstance(held, Tensor) for part in components(held))
     elif tensor.layout is torch.sparse_coo:
         yield from (tensor._indices(), tensor._values())
     elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
@@ -60,24 +63,32 @@ def components(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def packed_bytes(obj: torch.ScriptObject) -> int:
-    """Return the bytes of the weights that a quantized layer has packed for the processor, and owns."""
+    """Return the bytes of the weights that a quantized layer has packed for the processor."""
     try:
         packed = obj.unpack() if hasattr(obj, "unpack") else obj.__getstate__()
     except RuntimeError:
         return 0
-    return sum(part.untyped_storage().nbytes() for part in parts.within(packed))
+    return sum(part.untyped_storage().nbytes() for part in parts.tensors_within(packed))
 
 
 @reduces(Tensor)
 def _reduce_tensor(tensor: Tensor, walk: Walk) -> Any:
     kind = type(tensor)
-    walk.flagged.append(tensor)
+    walk.flagged_tensors.append(tensor)
     if kind not in walk.dispatch_table and is_decorated(tensor):
         if kind is not Tensor and not issubclass(kind, Parameter):
-            walk.composed = f"{kind.__name__} of {tensor.dtype}"
-        return reduce_decorated(tensor)
+            walk.fixed_dtype_class = f"{kind.__name__} of {tensor.dtype}"
+        reduced = reduce_decorated(tensor)
+        # A quantized Parameter subclass means nothing without its scales, which hang on its attributes.
+        if kind not in (Tensor, Parameter):
+            walk.fixed_dtype_ids.add(id(reduced[1][0]))
+        attached = (part for _, part in paths.walk(reduced[2], stop_at=(torch.nn.Module,)))
+        walk.fixed_dtype_ids.update(id(part) for part in attached if isinstance(part, Tensor))
+        return reduced
+    if torch.nn.parameter.is_lazy(tensor) or tensor.is_meta:
+        walk.tensors_without_bytes.append(tensor)
     if any(True for _ in components(tensor)):
-        walk.composed = f"{kind.__name__} of {tensor.dtype}"
+        walk.fixed_dtype_class = f"{kind.__name__} of {tensor.dtype}"
     if kind is Tensor and tensor.is_quantized:
         return reduce_quantized(tensor)
     if kind is Tensor and tensor.requires_grad and tensor.layout is not torch.strided:
@@ -89,6 +100,7 @@ def _reduce_tensor(tensor: Tensor, walk: Walk) -> Any:
 
 
 def is_decorated(tensor: Tensor) -> bool:
+    """Tell whether a tensor is a view of one storage with attributes, or of a subclass that only adds attributes."""
     kind = type(tensor)
     if kind is Tensor:
         return has_storage(tensor)
@@ -117,7 +129,7 @@ def rebuild_decorated(data: Tensor, kind: type, requires_grad: bool) -> Tensor:
 
 
 def reduce_quantized(tensor: Tensor) -> Any:
-    """Describe a quantized tensor as torch does, but by an untyped storage: a typed one warns when it is read."""
+    """Reduce a quantized tensor as torch does, but with an untyped storage: a typed one warns when it is read."""
     scheme = tensor.qscheme()
     quantizer: tuple[Any, ...]
     if scheme == torch.per_tensor_affine:
@@ -141,7 +153,7 @@ def _rebuild_quantized(
         tensor = torch._empty_affine_quantized((0,), scale=scale, zero_point=zero_point, **options)
     else:
         scales, zero_points, axis = quantizer
-        # Of the final shape, which the quantizer is checked against; nothing touches these pages.
+        # The final shape, because torch checks the quantizer against it. The allocated pages are never written.
         tensor = torch._empty_per_channel_affine_quantized(
             shape, scales=scales, zero_points=zero_points, axis=axis, **options
         )
@@ -164,10 +176,10 @@ def set_tensor_attributes(tensor: Tensor, state: Any) -> None:
 
 
 def map_tensors(values: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """Return `values` with `function` applied to every tensor in it; what holds tensors keeps its type.
+    """Return `values` with `function` applied to every tensor in it. Containers keep their types.
 
-    Looks into lists, tuples, mappings and dataclasses; anything else is left as it is, and so is what holds no
-    tensor that changed.
+    Looks into lists, tuples, mappings and dataclasses. A container is returned as it is if no tensor in it changes,
+    and so is any other object.
     """
     if isinstance(values, torch.Tensor):
         return function(values)
@@ -182,8 +194,9 @@ def map_tensors(values: Any, function: Callable[[torch.Tensor], torch.Tensor]) -
             result[key] = value
         return result
     if isinstance(values, (list, tuple)):
-        stays: Any = values.batch_sizes if isinstance(values, PackedSequence) else None  # torch has it on the host
-        items = [value if value is stays else map_tensors(value, function) for value in values]
+        # torch requires the batch sizes of a PackedSequence on the host.
+        host_item: Any = values.batch_sizes if isinstance(values, PackedSequence) else None
+        items = [value if value is host_item else map_tensors(value, function) for value in values]
         if all(new is old for new, old in zip(items, values, strict=True)):
             return values
         return type(values)(*items) if hasattr(values, "_fields") else type(values)(items)

@@ -1,4 +1,4 @@
-"""The object store -> a model: one straight line from a handle to the loaded object."""
+"""Load a model from the object store: one straight line from a handle to the loaded object."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ import torch
 
 from .._device.destination import Contents, destination_for
 from .._model import gc_pause, graph
+from .._model.imports import import_first
 from .._model.layout import Layout, dtype_changes, unpack, unpack_arrays
-from .host import HostMemory, fetch
-from .ref import Header, Loaded, LoadOptions, ModelRef, check
+from .fetch import fetch
+from .host import HostMemory
+from .ref import Header, Loaded, LoadOptions, ModelRef
 
 __all__ = ["get", "plain_torch_state", "rebuild"]
 
@@ -21,28 +23,35 @@ __all__ = ["get", "plain_torch_state", "rebuild"]
 def get(model_ref: ModelRef, options: LoadOptions) -> Loaded:
     """Rebuild the model behind `model_ref`; see `actor.load_model_in_actor`."""
     begin = time.perf_counter()
-    check(model_ref)
-    bodies = fetch(model_ref)
+    bodies, object_ids = fetch(model_ref, options.timeout)
     with plain_torch_state():
         header = Header.from_bytes(bodies[0]["header"])
+        import_first(header.name, header.imports, header.operators)
         layout, dtype, keep_flags = header.layout, options.dtype, options.keep_flags
-        changed = dtype_changes(layout, dtype)
-        if dtype is not None and header.composed:
+        changed = dtype_changes(layout, dtype, header.fixed_dtype)
+        if dtype is not None and header.fixed_dtype_class:
             raise ValueError(
-                f"dtype={dtype} cannot be applied to {model_ref!r}: it holds a {header.composed}, which knows its "
-                f"dtype by itself. Convert the model before sharing it."
+                f"dtype={dtype} cannot be applied to {model_ref!r}: it holds a "
+                f"{header.fixed_dtype_class}, whose dtype is fixed. Convert the model before sharing it."
             )
-        memory = HostMemory([body["buffers"] for body in bodies], options.require_isolation)
+        objects = [body["buffers"] for body in bodies]
+        memory = HostMemory(objects, options.without_isolation, object_ids, model_ref.class_name)
         destination = destination_for(options.device, lock_key=model_ref if options.page_lock else None)
         with destination.place(Contents(layout, header.recurrent, changed, dtype), memory) as placed:
             tensors = unpack(
                 layout, placed.buffers, pieces=placed.pieces, changed=changed, dtype=dtype, keep_flags=keep_flags
             )
             arrays = unpack_arrays(layout, placed.buffers)
-            if placed.wait is not None and header.constructs:
+            if placed.wait is not None and header.runs_constructors:
                 placed.wait()
             model, importing = graph.put_together(
-                header.skeleton, tensors, arrays, bodies[0]["carried"], keep_flags=keep_flags, arrived=placed.wait
+                header.skeleton,
+                tensors,
+                arrays,
+                bodies[0]["carried"],
+                name=header.name,
+                keep_flags=keep_flags,
+                wait=placed.wait,
             )
     seconds = time.perf_counter() - begin - importing
     shared, private = memory.shared - placed.replaced, memory.copied + placed.private
@@ -55,20 +64,21 @@ def rebuild(
     buffers: list[tuple[Any, int]],
     carried: Sequence[object],
     arrived: Callable[[], None] | None = None,
+    name: str = "the result",
 ) -> Any:
-    """Put an object together over writable host buffers; see `graph.put_together`."""
+    """Rebuild an object over writable host buffers; see `graph.put_together`."""
     with plain_torch_state():
         tensors = unpack(layout, buffers)
         arrays = unpack_arrays(layout, buffers)
-        return graph.put_together(skeleton, tensors, arrays, carried, arrived=arrived)[0]
+        return graph.put_together(skeleton, tensors, arrays, carried, name=name, wait=arrived)[0]
 
 
 @contextlib.contextmanager
 def plain_torch_state() -> Iterator[None]:
-    """Build outside inference mode and without gradients; the garbage collector waits.
+    """Turn off inference mode, gradients and the garbage collector.
 
-    A tensor that is made in inference mode refuses what users do with it later. A load makes thousands of small
-    objects and no garbage.
+    A tensor that is made in inference mode cannot be used for gradients later. A load makes thousands of small
+    objects and no garbage, so a collection would only cost time.
     """
-    with gc_pause.gc_paused(), torch.inference_mode(False), torch.no_grad():
+    with gc_pause.pause_gc(), torch.inference_mode(False), torch.no_grad():
         yield

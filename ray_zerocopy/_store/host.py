@@ -1,36 +1,32 @@
-"""Objects of the store -> this process's memory, as a private view where that can be had.
+"""Objects of the store -> this process's memory, as a private view where one is possible.
 
-See Note [Private views] in `pages.py`.
+See Note [Private views] in `_pages/views.py`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import ray
-import ray.exceptions
 
 from .._device.upload import Source
-from ..errors import ModelLostError, ZeroCopyError, warn
-from . import pages
-from .ref import ModelRef, check
+from .._pages import views
+from .._pages.markers import Mark, StoredObject
+from .._pages.regions import Location, locate
+from .._pages.store_file import OpenFiles, Unmappable, open_file
+from ..errors import ZeroCopyError, warn
+from .fetch import fetch_local
+from .ref import ModelRef, WithoutIsolation
+from .store_place import warn_if_on_disk
 
-__all__ = ["HostMemory", "address_range", "fetch", "object_locations"]
+__all__ = ["HostMemory", "address_range", "object_locations"]
 
 
-def fetch(model_ref: ModelRef) -> list[dict[str, Any]]:
-    """Return the objects behind a checked handle; the store keeps them while the returned values live."""
-    try:
-        return ray.get(list(model_ref.refs))  # type: ignore[no-any-return]
-    except (ray.exceptions.ObjectLostError, ray.exceptions.ReferenceCountingAssertionError) as error:
-        raise ModelLostError(
-            f"{model_ref!r} is no longer in the object store: {type(error).__name__}. A model lives as long as the "
-            f"process that prepared it and as a reference to it: prepare it in the driver, and keep model_ref."
-        ) from error
+_log = logging.getLogger(__name__)
 
 
 class HostMemory:
@@ -39,16 +35,32 @@ class HostMemory:
     Attributes:
         objects: The buffers of each object that has any, as `ray.get` returned them. They pin the object.
         ranges: The addresses at which each object begins and ends.
-        shared: Bytes of the private view that are the store's own pages.
+        shared: Bytes of the private view that are the store's pages.
         copied: Bytes that had to be copied.
         isolated: Whether a write to the private buffers stays in this process.
+
+    Args:
+        objects: The buffers of each object that `fetch` returned.
+        without_isolation: What to do where no private view is possible.
+        object_ids: The ids of the objects, in hexadecimal digits.
+        name: The class of the model, for warnings.
     """
 
-    def __init__(self, objects: Sequence[Sequence[Any]], require_isolation: bool = False) -> None:
-        self.objects: list[Sequence[Any]] = [stored for stored in objects if stored]
+    def __init__(
+        self,
+        objects: Sequence[Sequence[Any]],
+        without_isolation: WithoutIsolation = WithoutIsolation.SHARE,
+        object_ids: Sequence[str] = (),
+        name: str = "the model",
+    ) -> None:
+        ids = object_ids or [""] * len(objects)
+        pairs = [(stored, object_id) for stored, object_id in zip(objects, ids, strict=True) if stored]
+        self.objects: list[Sequence[Any]] = [stored for stored, _ in pairs]
+        self._object_ids = [object_id for _, object_id in pairs]
+        self._name = name
         self.shared = self.copied = 0
         self.isolated = True
-        self._require_isolation = require_isolation
+        self._without_isolation = without_isolation
         self._private: list[tuple[Any, int]] | None = None
 
     @property
@@ -59,15 +71,17 @@ class HostMemory:
     def private_buffers(self) -> list[tuple[Any, int]]:
         """Return writable memory for each buffer, and the offset in it at which the buffer begins.
 
-        The memory is a private view where the platform has it; `isolated` is False where it does not. The view is
-        made once.
+        The memory is a private view, which is made once. Where no private view is possible, `without_isolation`
+        decides, and `isolated` may become False.
         """
         if self._private is None:
-            self._private = [buffer for stored in self.objects for buffer in self._private_view(stored)]
+            pairs = zip(self.objects, self._object_ids, strict=True)
+            with OpenFiles() as files:
+                self._private = [buffer for pair in pairs for buffer in self._private_view(files, *pair)]
         return self._private
 
     def shared_buffers(self) -> list[tuple[Any, int]]:
-        """Return the store's own memory for each buffer: a write to it would reach every process on the node."""
+        """Return the store's memory for each buffer. A write to it would reach every process on the node."""
         return [buffer for stored in self.objects for buffer in _shared_buffers(stored)]
 
     @contextlib.contextmanager
@@ -80,42 +94,53 @@ class HostMemory:
             sources: list[Source] = []
             for stored in self.objects:
                 begin, nbytes, offsets = address_range(stored)
-                memory = pages.shared_view(begin, nbytes, stored)
+                memory = views.shared_view(begin, nbytes, stored)
                 try:
-                    file, base = pages.open_file(begin, nbytes)
-                except pages.Unmappable:
+                    file, base = open_file(begin, nbytes)
+                except Unmappable:
                     sources += [Source(memory, offset) for offset in offsets]
                 else:
                     stack.callback(os.close, file)
                     sources += [Source(memory, offset, file, base + offset) for offset in offsets]
             yield sources
 
-    def _private_view(self, stored: Sequence[Any]) -> list[tuple[Any, int]]:
+    def _private_view(self, files: OpenFiles, stored: Sequence[Any], object_id: str) -> list[tuple[Any, int]]:
         begin, nbytes, offsets = address_range(stored)
-        region = pages.region_at(begin)
-        if region is not None and not region.shared:
-            # copy: Ray returned this process's own memory (Ray Client, local mode), which is read-only
-            copies = [(bytearray(buffer), 0) for buffer in stored]
-            self.copied += sum(len(memory) for memory, _ in copies)
-            return copies
-        self.shared += nbytes
+        region = files.region_at(begin)
+        if region is not None:
+            if not region.shared:
+                return self._copy(stored)  # copy: Ray returned read-only memory (Ray Client, local mode)
+            warn_if_on_disk(self._name, region, nbytes)
         try:
-            view, base = pages.private_view(begin, nbytes, stored)
-        except pages.Unmappable as reason:
-            _warn_not_isolated(str(reason), self._require_isolation)
+            view, base = views.private_view(begin, nbytes, stored, files)
+        except Unmappable as reason:
+            if self._without_isolation is WithoutIsolation.COPY:
+                _log.info("the weights are copied for each call, because %s", reason)
+                return self._copy(stored)  # copy: each call starts from the weights that were shared
+            _warn_not_isolated(str(reason), required=self._without_isolation is WithoutIsolation.RAISE)
+            self.shared += nbytes
             self.isolated = False
-            return _shared_buffers(stored)
+            buffers = _shared_buffers(stored)
+            place = locate(begin) or Location(0, 0, 0)
+            buffers[0][0].mark = Mark(StoredObject(object_id, place, nbytes))
+            return buffers
+        self.shared += nbytes
         return [(view, base + offset) for offset in offsets]
+
+    def _copy(self, stored: Sequence[Any]) -> list[tuple[Any, int]]:
+        copies = [(bytearray(buffer), 0) for buffer in stored]
+        self.copied += sum(len(memory) for memory, _ in copies)
+        return copies
 
 
 def _shared_buffers(stored: Sequence[Any]) -> list[tuple[Any, int]]:
     begin, nbytes, offsets = address_range(stored)
-    memory = pages.shared_view(begin, nbytes, stored)
+    memory = views.shared_view(begin, nbytes, stored)
     return [(memory, offset) for offset in offsets]
 
 
 def address_range(buffers: Sequence[Any]) -> tuple[int, int, list[int]]:
-    """Return the address and length of the bytes from the first buffer to the last, and where each begins."""
+    """Return address and length of the range from the first buffer to the last, and the offset of each buffer."""
     views = [np.frombuffer(buffer, dtype=np.uint8) for buffer in buffers]
     addresses: list[int] = [view.__array_interface__["data"][0] for view in views]
     begin = min(addresses)
@@ -123,16 +148,16 @@ def address_range(buffers: Sequence[Any]) -> tuple[int, int, list[int]]:
     return begin, end - begin, [address - begin for address in addresses]
 
 
-def object_locations(model_ref: ModelRef) -> list[tuple[pages.Location, int]]:
-    """Return where the buffers of each of a model's objects lie on this node, and how many bytes they span."""
+def object_locations(model_ref: ModelRef) -> list[StoredObject]:
+    """Return where the buffers of a model's objects on this node are, and how many bytes they span."""
     found = []
-    check(model_ref)
-    for body in fetch(model_ref):
+    fetched = fetch_local(model_ref)
+    for object_id, body in zip(fetched.object_ids, fetched.bodies, strict=True):
         if body["buffers"]:
             begin, nbytes, _ = address_range(body["buffers"])
-            place = pages.locate(begin)  # now: Ray may unmap an object that nobody holds
+            place = locate(begin)  # while `body` lives: Ray may unmap an object that no process holds
             if place is not None:
-                found.append((place, nbytes))
+                found.append(StoredObject(object_id, place, nbytes))
     return found
 
 
@@ -145,7 +170,10 @@ def _warn_not_isolated(reason: str, required: bool) -> None:
         f"load_state_dict, in-place operations) would reach every worker on this node."
     )
     if required:
-        raise ZeroCopyError(f"{message} Run where /proc shows the raylet, or drop require_isolation=True.")
+        raise ZeroCopyError(
+            f"{message} A task would copy the weights for each call. Run where /proc shows the raylet, or drop "
+            f"require_isolation=True."
+        )
     if reason not in _warned_reasons:
         _warned_reasons.add(reason)
         warn(f"{message} Treat the model as read-only, or pass require_isolation=True to make this an error.")

@@ -1,4 +1,4 @@
-"""The stand-in of a model in a rewritten pipeline: its calls run as Ray tasks, and it has no weights."""
+"""The stand-in of a model in a rewritten pipeline. Its calls run as Ray tasks, and it has no weights."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ from .. import actor
 from .._model import graph
 from .._store.put import CARRIED
 from .._store.ref import ModelRef, check
-from .call import with_options
+from .call import Call, split_options
+from .weightless import MODULE_ATTRIBUTES, NeedsWeightsError, Weightless, is_method
 
 __all__ = [
     "LEFT_OUT",
     "RESERVED_NAMES",
     "RemoteMethod",
     "RemoteModel",
+    "dtype_of",
     "facts_of",
-    "first_dtype",
     "generates",
     "has_method",
     "is_bound_method",
@@ -31,12 +32,12 @@ __all__ = [
 ]
 
 
-# A fact of a model (its config, its name) larger than this when pickled does not travel with the stand-in.
+# An attribute of a model (its config, its name) that is larger when pickled does not travel with the stand-in.
 LARGEST_FACT = 1 << 20
 
 
 class RemoteMethod:
-    """One method of a model, run by a Ray task: call it for the result, or `.remote(...)` for an `ObjectRef`."""
+    """A method of a model that runs as a Ray task. A call returns the result, `.remote(...)` an `ObjectRef`."""
 
     def __init__(self, model: RemoteModel, name: str) -> None:
         self._model = model
@@ -52,7 +53,7 @@ class RemoteMethod:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """The signature of the model's method, without `self`."""
+        """The signature of the model's method without `self`."""
         try:
             signature = inspect.signature(getattr(self._model._kind, self._name))
         except Exception as error:  # TorchScript's classes have no methods of their own
@@ -64,15 +65,25 @@ class RemoteMethod:
 
 
 class RemoteModel:
-    """A model's place in a rewritten pipeline: calling it runs a Ray task, and it has no weights of its own.
+    """The stand-in of a model in a rewritten pipeline. Each call runs a Ray task; the stand-in has no weights.
 
-    `standin(data)` waits for the result and returns it; `standin.remote(data)` returns the `ObjectRef`; each method
-    named to `rewrite_pipeline` does both too; beside `__call__` there is `forward`, the same, and `generate` where a
-    Hugging Face model has it, as its pipelines expect. It pickles, and travels to tasks and actors.
+    `standin(data)` waits for the result and returns it. `standin.remote(data)` returns the `ObjectRef`. Each method
+    named to `rewrite_pipeline` has both forms. `forward` is the same as `__call__`, and a Hugging Face model that
+    generates has `generate`. A stand-in pickles, and travels to tasks and actors.
 
-    Data goes in and comes out on the CPU, wherever the task runs: `device` says so. Attributes of the model that are
-    no weights (`config`, `name_or_path`), and of its class, are answered from a copy made when the pipeline was
-    rewritten.
+    Data goes in and comes out on the CPU, wherever the task runs: `device` is the CPU. Other attributes of the model
+    and its class, also properties such as `config`, are answered by a copy of the model without weights. It is made
+    when the pipeline is rewritten. Attributes that need the weights raise AttributeError.
+
+    Args:
+        model_ref: The handle of the model, or of several models that share tensors.
+        part: The number of the model, if there are several.
+        kind: The class of the model.
+        facts: Copies of attributes of the model that its copy without weights does not have.
+        weightless: The copy without weights, if there is one.
+        dtype: The dtype of the model.
+        method_names: The methods that can be called.
+        ray_remote_options: Options of the tasks.
     """
 
     def __init__(
@@ -81,6 +92,7 @@ class RemoteModel:
         part: int | None,
         kind: type,
         facts: dict[str, Any],
+        weightless: Weightless | None,
         dtype: torch.dtype | None,
         method_names: tuple[str, ...],
         ray_remote_options: dict[str, Any],
@@ -89,6 +101,7 @@ class RemoteModel:
         self._part = part
         self._kind = kind
         self._facts = facts
+        self._weightless = weightless
         self._dtype = dtype
         self._method_names = method_names
         self._options = ray_remote_options
@@ -105,8 +118,8 @@ class RemoteModel:
         return self._start("__call__", args, kwargs)
 
     def _wait(self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        # An actor does not give up its CPUs while it waits, as a task does. So that one that has them all does
-        # not wait for ever, its call runs in its stead, on the CPUs it is not using.
+        # A task gives up its CPUs while it waits, an actor does not. An actor that has all CPUs would wait forever.
+        # So its call asks for no CPU, and runs on those that the actor does not use meanwhile.
         in_actor = ray.is_initialized() and ray.get_runtime_context().get_actor_id() is not None
         return ray.get(self._start(method, args, kwargs, no_cpus=in_actor))
 
@@ -114,15 +127,18 @@ class RemoteModel:
         self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], no_cpus: bool = False
     ) -> ray.ObjectRef:
         if method not in self._method_names:
-            raise TypeError(f"{self!r} is not callable by {method}: {self._hint(method)}")
+            raise TypeError(f"{self!r} cannot call {method}: {self._hint(method)}")
         check(self.model_ref)
         prepared = self._prepared.get((method, no_cpus))
         if prepared is None:
             options = {"name": f"call_model:{method}", **self._options}
             if no_cpus:
                 options = {"num_cpus": 0, **options}
-            prepared = self._prepared[method, no_cpus] = with_options(options)
-        return prepared.remote((self.model_ref, self._part, method), *args, **kwargs)
+            split = split_options(options)
+            call = Call(self.model_ref, self._part, method, **split.of_call)
+            prepared = self._prepared[method, no_cpus] = split.function(), call
+        function, call = prepared
+        return function.remote(call, *args, **kwargs)
 
     # ------------------------------------------------------------ what pipelines ask of a model
 
@@ -142,28 +158,29 @@ class RemoteModel:
         return False
 
     def eval(self) -> RemoteModel:
-        """Return itself: the model runs in eval mode."""
+        """Return the stand-in: the model runs in eval mode."""
         return self
 
     def train(self, mode: bool = True) -> RemoteModel:
-        """Return itself for `train(False)`; refuse train mode, since what a call changes goes with it."""
+        """Return the stand-in for `train(False)`. Raise ValueError for train mode: a call cannot change the model."""
         if mode:
             raise ValueError(
-                f"{self!r} cannot train: each call has a model of its own that goes with the call. Load the model "
-                f"with load_model_in_actor(model_ref, keep_flags=True) in an actor to train it there."
+                f"{self!r} cannot train: what a call changes in the model is dropped after the call. Load the model "
+                f"in an actor to train it there: load_model_in_actor(model_ref, keep_flags=True)."
             )
         return self
 
     def to(self, *args: Any, **kwargs: Any) -> RemoteModel:
-        """Return itself for the CPU and for the dtype that the model has: here is nothing to move or cast.
+        """Return the stand-in for the CPU and for the model's dtype.
 
-        Raises ValueError for any other: tasks run on a GPU if `rewrite_pipeline` was given `num_gpus`.
+        Raises ValueError for other targets: a stand-in has no weights to move or cast. Tasks run on a GPU if
+        `rewrite_pipeline` was given `num_gpus`.
         """
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         if device is not None and device.type != "cpu":
             raise ValueError(
-                f"{self!r} has no weights here to move to {device}: its calls run where Ray places their tasks, and "
-                f"data goes in and out on the CPU. For calls on a GPU: rewrite_pipeline(pipeline, num_gpus=1)."
+                f"{self!r} has no weights here to move to {device}. Ray places its calls, and data goes in and comes "
+                f"out on the CPU. For calls on a GPU: rewrite_pipeline(pipeline, num_gpus=1)."
             )
         if dtype is not None and dtype != self._dtype:
             raise ValueError(
@@ -172,7 +189,7 @@ class RemoteModel:
         return self
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name in ("_method_names", "_facts", "_kind"):
+        if name.startswith("__") or name in ("_method_names", "_facts", "_kind", "_weightless"):
             raise AttributeError(name)
         if name in self._method_names:
             return RemoteMethod(self, name)
@@ -181,18 +198,23 @@ class RemoteModel:
         static = inspect.getattr_static(self._kind, name, self)
         if isinstance(static, (classmethod, staticmethod)):
             return getattr(self._kind, name)
-        if static is not self and not hasattr(static, "__get__"):
+        if self._weightless is not None and (static is self or not is_method(static)):
+            try:
+                return self._weightless.answer(name)
+            except NeedsWeightsError as error:
+                raise AttributeError(str(error), name=name, obj=self) from error
+            except AttributeError:  # the error below says more
+                pass
+        elif static is not self and not hasattr(static, "__get__"):
             return static
         raise AttributeError(f"{self!r} has no '{name}': {self._hint(name)}", name=name, obj=self)
 
     def _hint(self, name: str) -> str:
-        # What else every module has (parameters, half, state_dict) is about the weights, or moves them.
+        # The methods of every module (parameters, half, state_dict) are about the weights.
         own = name in ("__call__", "forward") or not hasattr(torch.nn.Module, name)
         if own and callable(getattr(self._kind, name, None)):
-            return (
-                f"name it where the pipeline is rewritten, rewrite_pipeline(pipeline, method_names=(..., '{name}'))."
-            )
-        return "its weights are in the object store, and load_model_in_actor(standin.model_ref) gives the model."
+            return f"name it when you rewrite the pipeline: rewrite_pipeline(pipeline, method_names=(..., '{name}'))."
+        return "its weights are in the object store. Load the model: load_model_in_actor(standin.model_ref)."
 
     # ------------------------------------------------------------ as an object
 
@@ -201,7 +223,7 @@ class RemoteModel:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RemoteModel:
         twin = copy.copy(self)
-        twin._facts = copy.deepcopy(self._facts, memo)
+        twin._facts, twin._weightless = copy.deepcopy((self._facts, self._weightless), memo)
         return twin
 
     def __repr__(self) -> str:
@@ -222,7 +244,7 @@ def is_eager_module(model: object) -> bool:
 
 
 def generates(model: Any) -> bool:
-    """Tell whether this is a Hugging Face model that generates."""
+    """Tell whether a model is a Hugging Face model that generates."""
     can_generate = getattr(model, "can_generate", None)
     return callable(can_generate) and bool(can_generate()) and has_method(model, "generate")
 
@@ -231,20 +253,21 @@ def has_method(model: object, name: str) -> bool:
     if isinstance(inspect.getattr_static(type(model), name, None), (property, functools.cached_property)):
         return False
     if isinstance(model, torch.export.ExportedProgram):
-        return False  # it has a __call__, which only says to call what its module() gives
+        return False  # its __call__ only raises, with the advice to call module()
     return callable(getattr(model, name, None))
 
 
-def facts_of(model: object) -> dict[str, Any]:
-    """Return copies of the attributes of a model that are small and have no tensors in them."""
+def facts_of(model: object, weightless: Weightless | None) -> dict[str, Any]:
+    """Return copies of the attributes that are small, have no tensors, and that the copy without weights lacks."""
     facts = {}
+    known = vars(weightless.module) if weightless is not None else MODULE_ATTRIBUTES
     for name, value in vars(model).items():
-        if name in _MODULE_ATTRIBUTES or isinstance(value, actor.MODEL_TYPES):
+        if name in known or isinstance(value, actor.MODEL_TYPES):
             continue
         try:
-            # With what its functions hold: all that travels with the stand-in.
+            # Includes the objects that its functions hold, because they travel with the stand-in.
             whole = graph.take_apart(value, LEFT_OUT)
-            parts = graph.take_apart(value, LEFT_OUT, in_process=actor.MODEL_TYPES)
+            parts = graph.take_apart(value, LEFT_OUT, local_model_types=actor.MODEL_TYPES)
         except TypeError:
             continue
         weights = whole.tensors or whole.arrays or any(isinstance(p, actor.MODEL_TYPES) for p in whole.carried)
@@ -253,12 +276,14 @@ def facts_of(model: object) -> dict[str, Any]:
     return facts
 
 
-_MODULE_ATTRIBUTES = frozenset(vars(torch.nn.Module()))
-# An ObjectRef that is pickled here, and not by Ray, is never let go.
+# An ObjectRef that is pickled here, and not by Ray, would never be freed.
 LEFT_OUT = (*actor.MODEL_TYPES, *CARRIED)
 
 
-def first_dtype(model: Any) -> torch.dtype | None:
+def dtype_of(model: Any, weightless: Weightless | None) -> torch.dtype | None:
+    """Return what the model says is its dtype, else that of its first floating-point parameter."""
+    if weightless is not None and isinstance(dtype := getattr(weightless, "dtype", None), torch.dtype):
+        return dtype
     if not isinstance(model, torch.nn.Module):
         return None
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)

@@ -1,35 +1,34 @@
-"""Models that a worker keeps between the tasks that call them: mapped and built, but holding nothing of the store.
+"""Models that a worker keeps mapped between the tasks that call them. They hold nothing of the store.
 
 Note [Warm views]
 
-What makes a load expensive in the end is not the load but touching each page of a fresh mapping once: 100 ms per
-GiB, on the first forward. So a *private view* is what is kept from one call to the next, and what is not kept is
-everything that could leak from one call to the next or that the store would miss::
+Most of the cost of a load is the first touch of each page of a fresh mapping: 100 ms per GiB, in the first forward.
+So the process keeps the *private view* between calls. It keeps nothing that could carry state from one call to the
+next, and nothing that the store would miss::
 
             lend                                  give_back                    in the background
     pin the object again,  ->  call  ->  the thread takes the view  ->  1. wait until nothing refers to the view
-    check that it lies                   and the used model              2. drop the pages that the call wrote
-    where it did, build                                                  3. unpin the object
+    check its place,                      and the used model            2. drop the pages that the call wrote
+    build the model                                                     3. unpin the object
 
-Between calls nothing pins the object: the store may evict, spill or free it as if this process had never seen
-it. A view of pages that the store uses for something else in the meantime is harmless, because nobody reads it: an
-object's bytes never change, so a view may be lent again exactly if the object, pinned again, lies at the same
-offset of the same file. Else a fresh one is made.
+Between calls nothing pins the object, so the store may evict, spill or free it. A view of pages that the store then
+uses for another object is harmless, because nobody reads it. The bytes of an object never change. So `lend` may use a
+view again if the object, pinned again, is at the same offset of the same file. Otherwise it makes a new view.
 
-For most models building runs no code but torch's and ours (and a `train`, which Hugging Face's have); the thread then
-does that too, between 2 and 3, if the object is small without its tensors. Where classes have more code that runs
-(a `__setstate__`), or come by value, from a notebook, which replaces the methods of the living class, the calling
-thread builds.
+For most models, building runs no code but that of torch and of this package, and `train` of Hugging Face's classes.
+The thread then builds the model too, between steps 2 and 3, if the skeleton is small. The calling thread builds if
+classes run other code (a `__setstate__`), or come by value from a notebook, because unpickling them replaces the
+methods of the class in use.
 
-A view is used again only when its reference count is back at what it was when it was new. Results that alias a
-weight, a traceback, a thread that the model left behind: all hold the view, which then goes with them.
+A view is used again only if its reference count is the same as when it was new. A result that aliases a weight, a
+traceback, or a thread that the model started keeps the view. Such a view is freed together with the last of them.
 """
 
 from __future__ import annotations
 
+import functools
 import gc
 import logging
-import os
 import sys
 import threading
 import time
@@ -37,31 +36,36 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
+from .._model.imports import import_first
 from .._model.layout import Layout
-from .._store import get, pages
-from .._store.host import HostMemory, address_range, fetch
-from .._store.ref import Header, ModelRef
+from .._pages import views
+from .._pages.regions import locate
+from .._store import get
+from .._store.fetch import fetch
+from .._store.host import HostMemory, address_range
+from .._store.ref import Header, ModelRef, WithoutIsolation
+from .._store.store_place import is_in_memory
 
 __all__ = ["KEEP_MODELS", "KEEP_SECONDS", "Lent", "WarmModels"]
 
-# Bounds of what one worker process keeps: how many models, and for how long after the last call of each.
+# How many models one worker process keeps, and for how long after the last call of each.
 KEEP_MODELS = 2
 KEEP_SECONDS = 60.0
-# Views of one model: while one is made clean, the next call has the other.
+# Views of one model: while the thread cleans one, the next call has the other.
 _VIEWS = 2
-# A view still referred to after this long goes; before that the garbage collector is asked once.
+# Seconds after which a view that is still referred to is given up; before that, the garbage collector runs once.
 _COLLECT_AFTER, _GIVE_UP_AFTER = 0.1, 1.0
 _POLL_SECONDS = 0.005
-# Of a skeleton that is kept, and so about what one object takes on the heap between calls.
+# Largest skeleton that the thread builds from, which is about what one object takes on the heap between calls.
 _SKELETON_BYTES = 1 << 20
-# Until Ray has pickled the result: it would have to share the interpreter with the cleaning.
+# Seconds that the thread waits, so that it does not compete with Ray, which pickles the result.
 _AFTER_CALL = 0.002
 
 _log = logging.getLogger(__name__)
 
 
 class _View:
-    """Private views of all objects of one model, and a model built over them that nobody has called yet."""
+    """Private views of all objects of one model, and a model built over them that has not been called."""
 
     def __init__(self, buffers: list[tuple[Any, int]]) -> None:
         self.buffers = buffers
@@ -71,24 +75,24 @@ class _View:
         self.unused = self._references()
 
     def is_free(self) -> bool:
-        """Tell whether nothing but this object refers to the memory."""
+        """Tell whether only this object refers to the memory."""
         return self._references() == self.unused
 
     def pin(self, objects: Sequence[object]) -> None:
         for memory, stored in zip(self.memories, objects, strict=True):
-            pages.pin(memory, stored)
+            views.pin(memory, stored)
 
     def unpin(self) -> list[Any]:
-        return [pages.pin(memory, None) for memory in self.memories]
+        return [views.pin(memory, None) for memory in self.memories]
 
     def _references(self) -> list[int]:
         return [sys.getrefcount(memory) for memory in self.memories]
 
 
 class _Entry:
-    """A model that this process keeps: how to build it, where it lies, and the views of it that are ready."""
+    """A model that this process keeps: how to build it, where its objects are, and the views that are ready."""
 
-    def __init__(self, key: tuple[bytes, ...], place: object) -> None:
+    def __init__(self, key: tuple[str, ...], place: object) -> None:
         self.key = key
         self.place = place
         # Layout and skeleton, where the thread may build.
@@ -103,21 +107,23 @@ class _Entry:
         return bool(self.ready) or not self.being_cleaned
 
     def build_for_call(self, view: _View, body: dict[str, Any]) -> None:
-        """Build in the calling thread, and learn whether the other may do it the next time."""
+        """Build in the calling thread, and find out whether the background thread may build the next time."""
         header = Header.from_bytes(body["header"])
         layout, skeleton = header.layout, header.skeleton
         foreign: list[None] = []
-        view.model = get.rebuild(layout, skeleton, view.buffers, body["carried"], lambda: foreign.append(None))
+        import_first(header.name, header.imports, header.operators)
+        arrived, carried = functools.partial(foreign.append, None), body["carried"]
+        view.model = get.rebuild(layout, skeleton, view.buffers, carried, arrived, header.name)
         view.built = True
-        # Called once at the end; before that too, if what was looked up is not known to run no code.
-        plain = not header.constructs and len(foreign) == 1
-        # What was carried (ObjectRefs, actor handles) must not be held between calls.
+        # `foreign` gets one entry at the end of the build, and another if a class or function may run other code.
+        plain = not header.runs_constructors and len(foreign) == 1
+        # Carried objects (ObjectRefs, actor handles) must not be held between calls.
         if plain and not body["carried"] and len(skeleton) <= _SKELETON_BYTES:
             self.plan = layout, skeleton
 
 
 class Lent:
-    """A model for one call, to be given back after it."""
+    """A model for one call. `WarmModels.give_back` takes it back."""
 
     def __init__(self, model: Any, entry: _Entry | None = None, view: _View | None = None) -> None:
         self.model = model
@@ -129,24 +135,29 @@ class Lent:
 
 
 class WarmModels:
-    """The models that this process keeps, and the thread that cleans them, which ends when none is left."""
+    """The models that this process keeps, and the thread that cleans them. The thread ends with the last model."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._entries: OrderedDict[tuple[bytes, ...], _Entry] = OrderedDict()
+        self._entries: OrderedDict[tuple[str, ...], _Entry] = OrderedDict()
         self._returned: list[Lent] = []
         self._dropped: list[_Entry] = []
         self._thread: threading.Thread | None = None
 
-    def lend(self, model_ref: ModelRef) -> Lent:
+    def lend(
+        self,
+        model_ref: ModelRef,
+        without_isolation: WithoutIsolation = WithoutIsolation.COPY,
+        timeout: float | None = None,
+    ) -> Lent:
         """Return a model on the host that no other call has or had.
 
-        The handle was checked where the call was made. Raises ModelLostError for a model that is gone since.
+        The caller of the task has checked the handle. Raises ModelLostError if the model is gone since then.
         """
-        bodies = fetch(model_ref)
+        bodies, object_ids = fetch(model_ref, timeout)
         objects = [body["buffers"] for body in bodies if body["buffers"]]
         place = _place(objects)
-        key = tuple(ref.binary() for ref in model_ref.refs)
+        key = tuple(object_ids)
         with self._changed:
             entry = self._entries.get(key)
             if entry is not None and entry.place != place:
@@ -157,7 +168,7 @@ class WarmModels:
                 entry.last_used = time.monotonic()
                 if not entry.ready and entry.being_cleaned:
                     entry.wants_spare = True
-                    # Cleaning is always quicker than touching a fresh view.
+                    # Cleaning a view is faster than touching the pages of a new one.
                     self._changed.wait_for(entry.is_settled, timeout=5)
                 view = entry.ready.pop() if entry.ready else None
                 entry.out += 1
@@ -167,8 +178,8 @@ class WarmModels:
             view = None
         try:
             if view is None:
-                view, kept = self._fresh(objects)
-                if not (kept and _in_memory(place)):
+                view, kept = self._fresh(objects, without_isolation)
+                if not (kept and _in_memory(objects)):
                     entry.build_for_call(view, bodies[0])
                     model, view.model = view.model, None
                     with self._changed:
@@ -190,7 +201,7 @@ class WarmModels:
         return Lent(model, entry, view)
 
     def give_back(self, lent: Lent) -> None:
-        """Take a model back after the call; the caller keeps no reference to it."""
+        """Take a model back after the call. The caller must not keep a reference to it."""
         if lent.entry is None:
             lent.model = None
             return
@@ -206,15 +217,18 @@ class WarmModels:
             self._changed.notify_all()
 
     def kept(self) -> list[tuple[int, int]]:
-        """Return for each model how many views are ready and how many are being cleaned."""
+        """Return the number of views that are ready, and of those being cleaned, for each model."""
         with self._changed:
             return [(len(entry.ready), entry.being_cleaned) for entry in self._entries.values()]
 
     @staticmethod
-    def _fresh(objects: list[Any]) -> tuple[_View, bool]:
-        memory = HostMemory(objects)
+    def _fresh(
+        objects: Sequence[Sequence[Any]], without_isolation: WithoutIsolation = WithoutIsolation.COPY
+    ) -> tuple[_View, bool]:
+        """Return a new view of a model, and whether the next call can use it. A copy is not kept."""
+        memory = HostMemory(objects, without_isolation)
         buffers = memory.private_buffers()
-        if memory.copied or not memory.isolated:
+        if memory.copied:
             view = _View([])
             view.buffers = buffers
             return view, False
@@ -223,7 +237,7 @@ class WarmModels:
     def _drop(self, entry: _Entry) -> None:
         if self._entries.get(entry.key) is entry:
             del self._entries[entry.key]
-            self._dropped.append(entry)  # unmapping takes a while: in the background
+            self._dropped.append(entry)  # the thread unmaps it, because that takes a while
             self._changed.notify_all()
 
     # ------------------------------------------------------------ in the background
@@ -253,7 +267,7 @@ class WarmModels:
             pending = [lent for lent in pending if not self._cleaned(lent)]
 
     def _cleaned(self, lent: Lent) -> bool:
-        """Make the view of a returned model ready for the next call; False if it is still referred to."""
+        """Make the view of a returned model ready for the next call. Return False if it is still referred to."""
         entry, view = lent.entry, lent.view
         assert entry is not None
         assert view is not None
@@ -267,7 +281,7 @@ class WarmModels:
             return age > _GIVE_UP_AFTER
         lent.view = None
         try:
-            if self._wanted(entry) and all(pages.restore(memory) for memory in view.memories):
+            if self._wanted(entry) and all(views.restore(memory) for memory in view.memories):
                 objects = self._make_ready(entry, view)
                 with self._changed:
                     spare = entry.wants_spare and self._entries.get(entry.key) is entry
@@ -278,17 +292,17 @@ class WarmModels:
                     another, kept = self._fresh(objects)
                     if kept:
                         for memory in another.memories:
-                            pages.populate(memory)
+                            views.populate(memory)
                         self._make_ready(entry, another)
         except Exception:
-            # Building runs the classes' own code; the next call builds anew and meets the error itself.
+            # Building runs code of the model's classes. The next call builds again, and raises the error.
             _log.debug("a model was not kept for the next call", exc_info=True)
         finally:
             self._not_waiting(lent)
         return True
 
     def _make_ready(self, entry: _Entry, view: _View) -> list[Any]:
-        """Build over a clean view if that may be done here, unpin and offer it; return what pinned it."""
+        """Build over a clean view if this thread may, unpin the view and offer it. Return what pinned it."""
         if entry.plan is not None:
             view.model = get.rebuild(*entry.plan, view.buffers, ())
             view.built = True
@@ -312,16 +326,12 @@ class WarmModels:
                 self._changed.notify_all()
 
 
-def _in_memory(place: object) -> bool:
-    """Tell whether all objects are in the store itself, not in files on disk that go when nobody maps them."""
-    try:
-        memory = os.stat("/dev/shm").st_dev
-    except OSError:
-        return False
-    return isinstance(place, tuple) and all(device == memory for device, _, _ in place)
+def _in_memory(objects: Sequence[Sequence[Any]]) -> bool:
+    """Tell whether all objects are in the store itself. A file on disk is deleted when no process maps it."""
+    return all(is_in_memory(address_range(buffers[:1])[0]) for buffers in objects)
 
 
 def _place(objects: Sequence[Sequence[Any]]) -> object:
-    """Return where each object lies: its first buffer tells, the rest of an object follows from its id."""
-    places = tuple(pages.locate(address_range(buffers[:1])[0]) for buffers in objects)
+    """Return the location of each object's first buffer. The rest of an object follows its first buffer."""
+    places = tuple(locate(address_range(buffers[:1])[0]) for buffers in objects)
     return object() if None in places else places  # an object equals no other

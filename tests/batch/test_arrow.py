@@ -26,7 +26,7 @@ from ray.data.block import BlockAccessor
 from ray.data.extensions import ArrowTensorArray, ArrowTensorTypeV2, FixedShapeTensorFormat
 
 import ray_zerocopy.arrow
-from ray_zerocopy._batch.rows import to_arrow
+from ray_zerocopy._batch.tables import to_arrow
 from ray_zerocopy.arrow import column_chunks, column_to_padded, column_to_tensor, tensor_to_column
 
 NUMBERS = {
@@ -84,6 +84,12 @@ def buffers(column: Any) -> list[pa.Buffer]:
     """Return all buffers of a column."""
     chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
     return [b for c in chunks for b in getattr(c, "storage", c).buffers() if b is not None]
+
+
+@pytest.fixture(autouse=True)
+def views_of_local_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the tables of these tests count as memory of the store, which is not copied. See test_datasets_stay.py."""
+    monkeypatch.setattr(ray_zerocopy.arrow.views, "own_memory", ray_zerocopy.arrow.views.shared_view)
 
 
 def shares(tensor: torch.Tensor, column: Any) -> bool:
@@ -235,8 +241,8 @@ def test_rays_column_without_ray_is_refused(tmp_path: Any) -> None:
         f"arrow.column_to_tensor(pq.read_table({str(tmp_path / 'x.parquet')!r}), 'x')"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert "ValueError: column 'x' (large_list<element: float>) is Ray's tensor column" in done.stderr
-    assert "Import ray.data before the batch is read." in done.stderr
+    assert "ValueError: column 'x' (large_list<element: float>) is a tensor column of Ray" in done.stderr
+    assert "Import ray.data before you read the batch." in done.stderr
 
 
 @pytest.mark.parametrize("permutation", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0)])
@@ -326,7 +332,7 @@ BAD_TYPES: dict[str, tuple[Callable[[], Any], str, str]] = {
     "dictionary": (lambda: pa.array(["a", "b"]).dictionary_encode(), "dictionary<", "Decode it"),
     "struct": (lambda: pa.array([{"a": 1}]), "struct<a: int64>", "struct_field(batch['x'], ...)"),
     "list view": (lambda: pa.array([[1]], pa.list_view(pa.int64())), "list_view", "pa.list_("),
-    "null": (lambda: pa.nulls(2), "null", "give it a type"),
+    "null": (lambda: pa.nulls(2), "null", "Give the column a type"),
     "ray objects": (lambda: ray_column(ragged((1, 2), (3,))), "arrow_pickled_object", "one number of dimensions"),
     "ray objects, null": (
         lambda: to_arrow({"x": np.array([np.ones(2), None], dtype=object)}, "A")["x"],
@@ -475,7 +481,7 @@ def test_the_wrong_name_says_what_there_is() -> None:
         column_to_tensor(table(pa.array([1])), "y")
     with pytest.raises(ValueError, match="the batch has 2 columns 'a'"):
         column_chunks(pa.table([[1], [2]], names=["a", "a"]), "a")
-    with pytest.raises(TypeError, match=r"named by a str, not by a list. It has 'other', 'x'\."):
+    with pytest.raises(TypeError, match=r"is a str, not a list. It has 'other', 'x'\."):
         column_to_tensor(table(pa.array([1])), ["x"])
 
 
@@ -487,7 +493,7 @@ def test_a_wide_table_names_its_first_columns() -> None:
 
 def test_another_batch_format_says_so() -> None:
     """A batch of numpy arrays is refused with Ray Data's option."""
-    with pytest.raises(TypeError, match=r"not from a builtins.dict.*batch_format='pyarrow'"):
+    with pytest.raises(TypeError, match=r"is a builtins.dict.*batch_format='pyarrow'"):
         column_to_tensor({"x": np.ones(3)}, "x")
 
 
@@ -707,15 +713,15 @@ def test_small_floats_in_rows_become_float32() -> None:
         (lambda: torch.ones(2, dtype=torch.complex64), TypeError, r"complex64.*view_as_real"),
         (lambda: torch.eye(2).to_sparse(), TypeError, r"sparse_coo.*to_dense"),
         (lambda: torch.ones(2, device="meta"), TypeError, "meta device"),
-        (list, ValueError, "an empty list says no type"),
-        (lambda: None, TypeError, "list with a tensor a row, not of a builtins.NoneType"),
+        (list, ValueError, "an empty list gives a column no type"),
+        (lambda: None, TypeError, "list with one tensor per row, not of a builtins.NoneType"),
         (lambda: {"y": torch.ones(2)}, TypeError, "not of a builtins.dict"),
         (lambda: "text", TypeError, "not of a builtins.str"),
         (lambda: [torch.ones(1), np.ones(2)], TypeError, "row 1 is a numpy.ndarray, not a tensor"),
         (lambda: [torch.ones(1), torch.ones(2).int()], TypeError, r"torch.float32 and torch.int32.*Cast"),
         (lambda: [torch.ones(1), torch.ones(2, 2)], ValueError, "of 1 and 2 dimensions"),
         (lambda: [torch.tensor(1), torch.tensor(2)], ValueError, "torch.stack"),
-        (lambda: [torch.ones(2, dtype=torch.complex64)], TypeError, "row 0 is of torch.complex64"),
+        (lambda: [torch.ones(2, dtype=torch.complex64)], TypeError, "row 0 is torch.complex64"),
     ],
 )
 def test_what_has_no_column_says_the_remedy(values: Callable[[], Any], error: type[Exception], fact: str) -> None:

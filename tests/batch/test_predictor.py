@@ -148,22 +148,25 @@ class InMain(ZeroCopyPredictor):
 class WithAttribute(InMain):
     model_ref = ref
 
-def run(cls, **options):
-    ds = ray.data.range(20).map_batches(cls, compute=ActorPoolStrategy(size=1), num_cpus=0.1, **options)
-    ds = ds.materialize()
-    assert f"MapBatches({{cls.__name__}})" in ds.stats()
-    assert sorted(row["y"] for row in ds.take_all()) == [float(x + 1) for x in range(20)], cls
-
-run(InMain.using(ref))
-run(InMain, fn_constructor_kwargs={{"model_ref": ref}})
-run(WithAttribute)
+def pool(cls, **options):
+    return ray.data.range(20).map_batches(cls, compute=ActorPoolStrategy(size=1), num_cpus=0.1, **options)
 
 class Derived(Imported):
     model_ref = ref
     def preprocess(self, batch):
         return super().preprocess(batch.rename_columns(["x"]))
 
-run(Derived)
+pools = [
+    pool(InMain.using(ref)),
+    pool(InMain, fn_constructor_kwargs={{"model_ref": ref}}),
+    pool(WithAttribute),
+    pool(Derived),
+]
+ds = pools[0].union(*pools[1:]).materialize()  # all at once
+for name in ("InMain", "WithAttribute", "Derived"):
+    assert f"MapBatches({{name}})" in ds.stats(), ds.stats()
+assert sorted(row["y"] for row in ds.take_all()) == sorted([float(x + 1) for x in range(20)] * 4)
+
 Imported.model_ref = ref
 try:
     ray.data.range(20).map_batches(Imported, compute=ActorPoolStrategy(size=1), num_cpus=0.1).take_all()
@@ -577,9 +580,13 @@ def test_numpy_integers_and_handles_of_pipelines(model_ref: ModelRef) -> None:
     [
         ({"input_columns": ["a", "c"]}, ValueError, r"Wrong.input_columns: the batch has no column 'c'. It has 'a'"),
         ({"input_columns": ["name"]}, TypeError, r"Wrong.input_columns: column 'name' \(string\).*tokenizer"),
-        ({"output_column": "y"}, TypeError, r"outputs, a builtins.dict, make no column 'y'.*\{'sum': \.\.\., 'pro"),
+        (
+            {"output_column": "y"},
+            TypeError,
+            r"outputs, a builtins.dict, cannot become column 'y'.*\{'sum': \.\.\., 'pro",
+        ),
         ({"output_column": {"logits": "y"}}, TypeError, r"has no output 'logits'. Name the outputs: output_column="),
-        ({"output_column": {"sum": "name"}}, ValueError, r"has a column 'name' already.*keep_columns"),
+        ({"output_column": {"sum": "name"}}, ValueError, r"already has a column 'name'.*keep_columns"),
         ({"keep_columns": ["z"]}, ValueError, r"Wrong.keep_columns names 'z', .* It has 'a', 'b', 'name'\."),
         ({"rows": 3}, ValueError, r"shape \(3,\), have 3 rows for a batch of 5.*Write postprocess"),
     ],
@@ -663,7 +670,7 @@ def test_dtype_cast_before_sharing(ray_session: None) -> None:
     predictor = Own(ref, dtype=torch.bfloat16)
     assert predictor(PAIRS)["y"].combine_chunks().to_numpy_ndarray().dtype == np.float32
     assert predictor.model.said == torch.bfloat16
-    assert predictor._runner._autocast is None
+    assert predictor._runner._work._autocast is None
 
 
 def test_dtype_that_would_copy_the_weights(two: tuple[Two, ModelRef]) -> None:
@@ -730,8 +737,49 @@ def test_compile_refuses_what_is_compiled(ray_session: None) -> None:
 # ---------------------------------------------------------------- rows that fail
 
 
+class ByValue(AddOne):
+    """Sorts by a method, and notes the values of each micro-batch."""
+
+    micro_batch_size = 3
+
+    def sort_by(self, batch: pa.Table) -> list[float]:
+        return [abs(x) for x in batch["x"].to_pylist()]
+
+    def postprocess(self, outputs: torch.Tensor, batch: pa.Table) -> pa.Table:
+        largest = pa.array([max(batch["x"].to_pylist())] * len(batch))
+        return super().postprocess(outputs, batch).append_column("largest", largest)
+
+
+@pytest.mark.parametrize("way", ["column", "function", "method"])
+def test_sort_by_on_ray_data(way: str, model_ref: ModelRef) -> None:
+    """A column, a function and a method sort the rows of a batch, and the rows come back in their own order."""
+    if way == "method":
+        bound: Any = ByValue.using(model_ref)
+    else:
+        sort_by: Any = "x" if way == "column" else lambda batch: batch["x"].to_pylist()
+        bound = AddOne.using(model_ref, sort_by=sort_by, micro_batch_tokens=60)
+    ds = numbers().map_batches(bound, batch_format="pyarrow", **POOL)
+    rows = ds.take_all()
+    assert sorted(row["y"] for row in rows) == EXPECTED
+    assert all(row["y"] == row["x"] + 1 for row in rows)
+    if way == "method":
+        assert all(row["largest"] - row["x"] in (0, 1, 2) for row in rows)
+
+
+def test_sort_by_that_takes_no_batch(model_ref: ModelRef) -> None:
+    """A lambda in a class body would become a method without arguments; the error says what to write."""
+
+    class Wrong(AddOne):
+        sort_by = lambda batch: [1] * len(batch)  # noqa: E731
+
+    with pytest.raises(TypeError, match=r"Wrong.sort_by does not take one argument.*staticmethod"):
+        Wrong(model_ref)
+    with pytest.raises(ValueError, match=r"AddOne.micro_batch_tokens is 9.*sort_by"):
+        AddOne.using(model_ref, micro_batch_tokens=9)
+
+
 def seven(x: int) -> str | None:
-    return f"ValueError: {x} is a multiple of seven" if x % 7 == 0 else None
+    return f"preprocess: ValueError: {x} is a multiple of seven" if x % 7 == 0 else None
 
 
 def test_on_error_null_on_ray_data(model_ref: ModelRef) -> None:
@@ -780,7 +828,7 @@ def test_on_error_null_with_the_defaults(ray_session: None) -> None:
     predictor = Decodes(ref)
     first = predictor(pa.table({"text": ["a", "b"], "score": [float("nan")] * 2, "other": [1, 2]}))
     assert first.column_names == ["text", "score", "error"]
-    assert first["error"][0].as_py() == "ValueError: could not convert string to float: 'a'"
+    assert first["error"][0].as_py() == "preprocess: ValueError: could not convert string to float: 'a'"
     rows = predictor(pa.table({"text": ["1", "b", "3"], "score": [float("nan")] * 3, "other": [1, 2, 3]}))
     assert rows["text"].to_pylist() == ["1", "b", "3"]
     assert rows["score"].null_count == 0  # kept as it was, also where it is NaN
@@ -883,7 +931,9 @@ def test_on_error_null_keeps_only_what_was_passed_on(model_ref: ModelRef) -> Non
 
     predictor = Overwrites(model_ref)
     unknown = predictor(batch(7, 14))
-    assert unknown.column_names == ["error"]
+    assert unknown.column_names == ["x", "kept", "s", "error"]  # the rows can be found and run again
+    assert unknown["x"].to_pylist() == [7, 14]
+    assert unknown["error"].null_count == 0
     good, mixed, failed = predictor(batch(1, 2)), predictor(batch(1, 7)), predictor(batch(14, 7))
     assert mixed.to_pydict() == {"x": [1, 7], "s": [0.0, None], "kept": [1, 7], "error": [None, seven(7)]}
     assert failed.drop_columns("error").to_pydict() == {"x": [14, 7], "s": [None, None], "kept": [14, 7]}
@@ -968,7 +1018,7 @@ def test_on_error_null_when_all_rows_fail_first(model_ref: ModelRef, caplog: pyt
             raise ValueError("never")
 
     assert Never(model_ref)({"x": np.arange(2)}).column_names == ["x", "error"]
-    assert any("columns 'x', 'error' alone" in r.message and r.levelname == "WARNING" for r in caplog.records)
+    assert any("only the columns 'x', 'error'" in r.message and r.levelname == "WARNING" for r in caplog.records)
     with pytest.raises(ValueError, match="a column 'error' already"):
         Never(model_ref)({"error": np.arange(2)})
     with pytest.raises(ValueError, match="never"):

@@ -22,12 +22,12 @@ from ray.data import ActorPoolStrategy
 from torch import nn
 
 from ray_zerocopy import ModelRef, ZeroCopyPredictor, prepare_model_for_actors
-from ray_zerocopy._batch.stages import DEPTH, RowsOfBatch, Stages, add_cause, add_note, ranges
+from ray_zerocopy._batch.stages import DEPTH, RowsOfBatch, Stages, add_cause, add_note
 
 
 def parts(count: int) -> Iterator[range]:
     """Return parts of two rows."""
-    return ranges(0, 2 * count, 2)
+    return (range(row, row + 2) for row in range(0, 2 * count, 2))
 
 
 def start(part: range) -> int:
@@ -54,14 +54,8 @@ def all_ended(threads: list[threading.Thread]) -> bool:
 # ---------------------------------------------------------------- the stages alone
 
 
-def test_ranges() -> None:
-    """The last range is what is left."""
-    assert list(ranges(1, 6, 2)) == [range(1, 3), range(3, 5), range(5, 6)]
-    assert list(ranges(0, 0, 2)) == []
-
-
 def test_three_stages_run_at_once() -> None:
-    """A part's preprocess, the model on the one before and postprocess of the one before that meet at a barrier."""
+    """With `concurrent`, one part's preprocess, the model on another and postprocess of a third meet at a barrier."""
     barrier = threading.Barrier(3)
 
     def meet(number: int, first: int, last: int) -> int:
@@ -69,13 +63,88 @@ def test_three_stages_run_at_once() -> None:
             barrier.wait(20)
         return number
 
-    results = Stages().overlap(
+    results = Stages(concurrent=True).overlap(
         parts(8),
         lambda part: meet(part.start // 2, 2, 7),
         lambda number: meet(number, 1, 6),
         lambda number: meet(number, 0, 5),
     )
     assert [result for _, result in results] == list(range(8))
+
+
+def test_the_model_runs_beside_the_host_stages() -> None:
+    """The model works on one part while preprocess works on the next, and while postprocess works on the last."""
+    first, second = threading.Barrier(2), threading.Barrier(2)
+
+    def before(part: range) -> int:
+        if part.start == 2:
+            first.wait(20)
+        return part.start
+
+    def model(number: int) -> int:
+        if number == 0:
+            first.wait(20)
+        if number == 2:
+            second.wait(20)
+        return number
+
+    def after(number: int) -> int:
+        if number == 0:
+            second.wait(20)
+        return number
+
+    assert [result for _, result in Stages().overlap(parts(4), before, model, after)] == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize("callers", [1, 4])
+def test_host_stages_take_turns(callers: int) -> None:
+    """Whatever the number of calls, no two host stages run at once, and no two calls of the model."""
+    stages = Stages()
+    inside: dict[str, int] = {"host": 0, "model": 0}
+    most = dict(inside)
+
+    def work(kind: str, value: int) -> int:
+        inside[kind] += 1
+        most[kind] = max(most[kind], inside[kind])
+        time.sleep(0.002)
+        inside[kind] -= 1
+        return value
+
+    def call(number: int) -> list[int]:
+        run = stages.overlap(
+            parts(5),
+            lambda part: work("host", part.start),
+            lambda value: work("model", value),
+            lambda value: work("host", value),
+        )
+        overlapped = [result for _, result in run]
+        alone = stages.one_by_one(
+            [range(1)],
+            lambda _: work("host", 7),
+            lambda value: work("model", value),
+            lambda value: work("host", value),
+        )
+        return [*overlapped, *(result for _, result in alone)]
+
+    with ThreadPoolExecutor(callers) as pool:
+        assert list(pool.map(call, range(4))) == [[0, 2, 4, 6, 8, 7]] * 4
+    assert most == {"host": 1, "model": 1}
+
+
+def test_host_stages_run_in_the_calling_thread() -> None:
+    """Without micro-batches all stages run in the calling thread; with them all but the model."""
+    seen: list[int] = []
+
+    def note(value: Any) -> Any:
+        seen.append(threading.get_ident())
+        return value
+
+    here = threading.get_ident()
+    list(Stages().one_by_one(parts(1), note, note, note))
+    assert seen == [here] * 3
+    seen.clear()
+    list(Stages().overlap(parts(1), note, note, note))
+    assert [thread == here for thread in seen] == [True, False, True]
 
 
 def test_results_come_in_order() -> None:
@@ -218,18 +287,42 @@ def test_each_stage_has_the_callers_settings() -> None:
             )
         )
         assert seen == [(True, threads)] * 6
-        assert stages.in_model_thread(state, None) == (True, threads)
+        list(stages.one_by_one(parts(1), *[lambda x: seen.append(state(x))] * 3))
+        assert seen == [(True, threads)] * 9
         seen.clear()
 
 
+@pytest.mark.parametrize("stage", ["preprocess", "model"])
+def test_threads_of_torch_set_in_a_stage(stage: str) -> None:
+    """The number of torch's threads that a stage sets holds for the model from then on."""
+    seen: list[int] = []
+
+    def before(part: range) -> int:
+        if stage == "preprocess" and part.start == 4:
+            torch.set_num_threads(2)
+        return part.start
+
+    def model(number: int) -> int:
+        if stage == "model" and number == 4:
+            torch.set_num_threads(2)
+        seen.append(torch.get_num_threads())
+        return number
+
+    torch.set_num_threads(1)
+    try:
+        list(Stages().overlap(parts(5), before, model, same))
+    finally:
+        torch.set_num_threads(1)
+    assert seen == [1, 1, 2, 2, 2]
+
+
 def test_one_thread_calls_the_model() -> None:
-    """Calls from several threads, split or not, all reach the model in one thread; the other stages have theirs."""
+    """Split calls from several threads all reach the model in one thread, which runs no other stage."""
     stages = Stages()
     model: set[int] = set()
     others: set[int] = set()
 
     def call(number: int) -> list[int]:
-        stages.in_model_thread(lambda: model.add(threading.get_ident()))
         run = stages.overlap(
             parts(5),
             lambda part: others.add(threading.get_ident()) or part.start,
@@ -247,13 +340,13 @@ def test_one_thread_calls_the_model() -> None:
 
 
 def test_a_slow_call_does_not_hold_up_another() -> None:
-    """While one call waits for its own preprocess, the model serves another call."""
-    stages, release = Stages(), threading.Event()
+    """With `concurrent`, the model serves another call while one call waits for its own preprocess."""
+    stages, release = Stages(concurrent=True), threading.Event()
     slow = threading.Thread(target=lambda: list(stages.overlap(parts(2), lambda _: release.wait(20), same, same)))
     slow.start()
     try:
         assert [result for _, result in stages.overlap(parts(3), start, same, same)] == [0, 2, 4]
-        assert stages.in_model_thread(same, 5) == 5
+        assert list(stages.one_by_one(parts(1), start, same, same)) == [(range(2), 0)]
     finally:
         release.set()
         slow.join()
@@ -263,16 +356,17 @@ def consume(stages: Stages) -> None:
     list(stages.overlap(parts(3), start, same, same))
 
 
-def test_threads_end() -> None:
+@pytest.mark.parametrize("concurrent", [False, True])
+def test_threads_end(concurrent: bool) -> None:
     """No thread outlives the stages, nor the calling thread's threads the calling thread, failed calls included."""
     before = set(ours())
-    stages = Stages()
+    stages = Stages(concurrent=concurrent)
     for _ in range(3):
         list(stages.overlap(parts(3), start, same, same))
         with pytest.raises(CustomError):
             list(stages.overlap(parts(9), explode, same, same))
     mine = set(ours()) - before
-    assert len(mine) == 3
+    assert len(mine) == 1 + concurrent
     caller = threading.Thread(target=consume, args=(stages,))
     caller.start()
     caller.join()
@@ -283,41 +377,37 @@ def test_threads_end() -> None:
 
 
 def test_results_that_nobody_takes() -> None:
-    """When the caller lets the results go, no further part is begun, and nothing waits for what runs."""
-    begun, ended = [], []
+    """When the caller lets the results go, no further part is begun, and nothing waits for the model."""
+    begun: list[int] = []
     go_on = threading.Event()
 
-    def before(part: range) -> None:
-        begun.append(part.start)
-        if part.start:
-            assert go_on.wait(20)
-        ended.append(part.start)
+    def model(number: int) -> int:
+        assert number == 0 or go_on.wait(20)
+        return number
 
     stages = Stages()
-    results = stages.overlap(parts(100), before, same, same)
+    results = stages.overlap(parts(100), lambda part: begun.append(part.start) or part.start, model, same)
     next(results)
-    while len(begun) < 2:
-        time.sleep(0.001)
     results.close()
-    assert ended == [0]
+    assert begun == list(range(0, 2 * DEPTH, 2))
     go_on.set()
     assert [result for _, result in stages.overlap(parts(2), start, same, same)] == [0, 2]  # behind what ran
-    assert begun == ended == [0, 2]
+    assert begun == list(range(0, 2 * DEPTH, 2))
 
 
 def test_results_collected_in_a_stage() -> None:
     """Results that Python collects in the very thread that works for them hold nothing up."""
     stages, collect = Stages(), threading.Event()
 
-    def before(part: range) -> int:
-        if part.start and collect.wait(20):
+    def model(number: int) -> int:
+        if number and collect.wait(20):
             gc.collect()
-        return part.start
+        return number
 
     done: list[int] = []
 
     def call() -> None:
-        kept: list[Any] = [stages.overlap(parts(100), before, same, same)]
+        kept: list[Any] = [stages.overlap(parts(100), start, model, same)]
         next(kept[0])
         kept.append(kept)  # a cycle, which the collection alone ends
         del kept
@@ -507,7 +597,7 @@ def test_an_error_on_ray_data_has_the_rows(model_ref: ModelRef) -> None:
 
 
 def test_calls_from_several_threads(model_ref: ModelRef) -> None:
-    """Concurrent calls of one predictor, split and not, give each its own rows, with the model in one thread."""
+    """Concurrent calls of one predictor, split and not, give each its own rows; the model has one call at a time."""
     threads: set[int] = set()
     inside: list[int] = []
 
@@ -526,7 +616,7 @@ def test_calls_from_several_threads(model_ref: ModelRef) -> None:
             tables = list(pool.map(predictor, map(numbers, range(1, 20))))
         assert [table["y"].to_pylist() for table in tables] == [[x + 1.0 for x in range(n)] for n in range(1, 20)]
         assert predictor.totals.rows == sum(range(1, 20))
-        assert len(threads) == 1
+        assert size is None or len(threads) == 1
         threads.clear()
 
 

@@ -70,7 +70,7 @@ class Late:
         to.copy_(source)
         event.done = True
 
-    def has_come(self, event: Event) -> bool:
+    def is_done(self, event: Event) -> bool:
         with self.lock:
             if self.queue and self.random.random() < 0.5:
                 self._advance()

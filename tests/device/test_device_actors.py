@@ -39,7 +39,8 @@ from ray_zerocopy._device import choose, destination, page_lock
 from ray_zerocopy._device.ring import Ring
 from ray_zerocopy._model import graph, packing
 from ray_zerocopy._model.packing import Buffer
-from ray_zerocopy._store import get, pages, put
+from ray_zerocopy._pages import store_file, views
+from ray_zerocopy._store import get, host, put
 from ray_zerocopy._store.ref import LoadOptions
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -88,7 +89,7 @@ def test_another_workers_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for device in (None, "auto", "cuda", "cuda:1", 1, second):
         assert choose.resolve_device(device, ["5"]) == second
     for device in ("cuda:0", 0, torch.device("cuda", 0)):
-        with pytest.raises(ValueError, match=r"not among the GPUs of this worker, which are \['cuda:1'\]"):
+        with pytest.raises(ValueError, match=r"not among the GPUs of this worker: \['cuda:1'\]"):
             choose.resolve_device(device, ["5"])
     # A driver, to which Ray assigns nothing, may take any; "cuda" is its current one, as it is to torch.
     assert [choose.resolve_device(device, None).index for device in ("cuda", "cuda:0", 0, 1)] == [1, 0, 0, 1]
@@ -153,7 +154,7 @@ def test_no_dtype_for_what_knows_its_own(make: Callable[[], Any], words: str) ->
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's own, of what it deprecates
         ref = prepare_model_for_actors(make())
-        with pytest.raises(ValueError, match=rf"dtype=torch.bfloat16 cannot be applied to .* holds a {words}, which"):
+        with pytest.raises(ValueError, match=rf"dtype=torch.bfloat16 cannot be applied to .* holds a {words}, "):
             load_model_in_actor(ref, dtype=torch.bfloat16)
         load_model_in_actor(ref)
 
@@ -212,11 +213,11 @@ def test_ordinary_models_do_not_wait() -> None:
     sources = [CASES[name].make() for name in ("mlp", "batch_norm_net", "lstm", "tied")]
     for source in (*sources, actor._Models("", sources, [], [])):
         parts = graph.take_apart(source)
-        assert not parts.constructs
+        assert not parts.runs_constructors
         asked: list[int] = []
         unpickler = graph._Unpickler(io.BytesIO(parts.skeleton))
         unpickler.tensors, unpickler.carried, unpickler.keep_flags = parts.tensors, [], False
-        unpickler.arrived = lambda asked=asked: asked.append(1)
+        unpickler.wait = lambda asked=asked: asked.append(1)
         unpickler.load()
         assert not asked
 
@@ -233,9 +234,9 @@ def put_together_late(source: object) -> tuple[Any, bool]:
             for there, tensor in zip(late, parts.tensors, strict=True):
                 there.copy_(tensor)
 
-    if parts.constructs:
+    if parts.runs_constructors:
         arrived()
-    return graph.put_together(parts.skeleton, late, arrived=arrived)[0], bool(asked)
+    return graph.put_together(parts.skeleton, late, wait=arrived)[0], bool(asked)
 
 
 # ---------------------------------------------------------------- the whole way, to a device made up
@@ -357,12 +358,12 @@ def test_it_never_reads_the_private_view(ring: Ring, monkeypatch: pytest.MonkeyP
     """A load to a device maps nothing: the bytes come from the store's file, or its own mapping without one."""
 
     def refuse(*_: object) -> Any:
-        raise pages.Unmappable("not here")
+        raise store_file.Unmappable("not here")
 
     source = CASES["large_layers"].make()
-    monkeypatch.setattr(pages, "private_view", refuse)
+    monkeypatch.setattr(views, "private_view", refuse)
     assert describe(load_late(source, ring, monkeypatch).model) == describe(source)
-    monkeypatch.setattr(pages, "open_file", refuse)
+    monkeypatch.setattr(host, "open_file", refuse)
     loaded = load_late(source, ring, monkeypatch, dtype=torch.float64)
     assert describe(loaded.model) == describe(copy.deepcopy(source).double())
 

@@ -1,9 +1,10 @@
-"""The documentation is true: names, fences, doctests and examples run as printed."""
+"""Check the documentation: the names in it exist, and its fences and doctests run."""
 
 from __future__ import annotations
 
 import doctest
 import importlib
+import os
 import pkgutil
 import re
 import subprocess
@@ -28,21 +29,21 @@ def fences(path: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_all_names_what_is_there(name: str) -> None:
-    """Each module lists its public names, and defines each of them."""
+    """Each module has `__all__`, and defines each name in it."""
     module = importlib.import_module(name)
     assert all(hasattr(module, public) for public in module.__all__)
 
 
 def test_public_names_are_documented() -> None:
-    """Every name at the top level is explained in the README or the documents."""
+    """The README or a document mentions every public name of the top level."""
     text = "".join(path.read_text() for path in DOCUMENTS)
     assert [name for name in ray_zerocopy.__all__ if name not in text] == []
 
 
 def test_import_has_no_side_effects() -> None:
-    """Importing starts no Ray and no thread, warns of nothing, changes no logging, and does not import ray.data.
+    """Importing starts neither Ray nor a thread, gives no warning, changes no logging, and does not import ray.data.
 
-    So it does under `-OO`, where no function has a docstring.
+    The test runs under `-OO`, where functions have no docstrings.
     """
     script = """
 import logging, sys, threading, warnings
@@ -50,15 +51,15 @@ import ray, torch
 warnings.simplefilter("error")
 filters, threads = list(warnings.filters), threading.enumerate()
 import ray_zerocopy
-was = [ray.is_initialized(), logging.getLogger("ray_zerocopy").handlers, "ray.data" in sys.modules]
-sys.exit(was != [False, [], False] or warnings.filters != filters or threading.enumerate() != threads)
+state = [ray.is_initialized(), logging.getLogger("ray_zerocopy").handlers, "ray.data" in sys.modules]
+sys.exit(state != [False, [], False] or warnings.filters != filters or threading.enumerate() != threads)
 """
     subprocess.run([sys.executable, "-OO", "-c", script], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_doctests(name: str, ray_session: None) -> None:
-    """The examples in the docstrings print what they say."""
+    """The examples in the docstrings print the shown output."""
     module = importlib.import_module(name)
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
     assert doctest.testmod(module, optionflags=flags).failed == 0
@@ -66,9 +67,12 @@ def test_doctests(name: str, ray_session: None) -> None:
 
 @pytest.mark.parametrize("path", [d for d in DOCUMENTS if fences(d)], ids=lambda path: path.name)
 def test_fences_run(path: Path, tmp_path: Path) -> None:
-    """The Python fences of a document run, one after the other, in one fresh process."""
+    """The Python fences of a document run one after the other in one new process."""
     code = "\n".join(fences(path))
     script = tmp_path / "fences.py"
     script.write_text(code)
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=400, check=False)
+    environment = {**os.environ, "RAY_ADDRESS": "local"}  # a new Ray, also beside others on this machine
+    done = subprocess.run(
+        [sys.executable, str(script)], capture_output=True, text=True, timeout=400, check=False, env=environment
+    )
     assert done.returncode == 0, done.stderr[-3000:]

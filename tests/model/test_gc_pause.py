@@ -1,4 +1,4 @@
-"""The garbage collector waits for loads and imports, and is afterwards as it was."""
+"""Test that loads and imports pause the garbage collector, and restore its settings."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from types import FrameType
 import pytest
 
 from ray_zerocopy._model import gc_pause
-from ray_zerocopy._model.gc_pause import gc_paused, gc_paused_to_import
+from ray_zerocopy._model.gc_pause import pause_gc, pause_gc_to_import
 
 
 @pytest.fixture(autouse=True)
-def left_as_it_was() -> Iterator[None]:
-    """Let no test leave the collector off, or otherwise set, for the others."""
+def restore_gc() -> Iterator[None]:
+    """Check that a test leaves the collector's settings unchanged, and restore them."""
     before = gc.isenabled(), gc.get_threshold()
     yield
     after = gc.isenabled(), gc.get_threshold()
@@ -31,7 +31,7 @@ def left_as_it_was() -> Iterator[None]:
 
 
 def runs() -> bool:
-    """Say whether the collector runs by itself when many objects are made."""
+    """Tell whether making many objects starts the collector."""
     seen: list[str] = []
 
     def note(phase: str, info: dict[str, int]) -> None:
@@ -45,46 +45,46 @@ def runs() -> bool:
 
 
 def test_blocks_in_each_other() -> None:
-    """The collector waits until the outermost block ends, and stays off where it was off before."""
-    with gc_paused():
-        with gc_paused():
+    """The collector is paused until the outermost block ends. It stays off if it was off before."""
+    with pause_gc():
+        with pause_gc():
             assert not runs()
         assert not runs()
     assert runs()
     gc.disable()
-    with gc_paused():
+    with pause_gc():
         pass
     assert not runs()
     gc.enable()
 
 
 def test_what_a_block_sets_stays() -> None:
-    """Code in a block may turn the collector off or on, or set its threshold, and finds that so afterwards."""
+    """What code in a block does to the collector (enable, disable, set the threshold) stays after the block."""
     before = gc.get_threshold()
-    with gc_paused():
+    with pause_gc():
         gc.disable()
     assert not gc.isenabled()
-    with gc_paused():
+    with pause_gc():
         gc.enable()
         assert not runs()
     assert runs()
-    with gc_paused():
+    with pause_gc():
         gc.set_threshold(1234, 5, 6)
     assert gc.get_threshold()[:2] == (1234, 5)
     gc.set_threshold(*before)
 
 
 def test_blocks_of_several_threads() -> None:
-    """A block that began within another thread's, and outlives it, leaves the collector as it was in the end."""
+    """A block that outlives another thread's block restores the collector when it ends."""
     began, may_end = threading.Event(), threading.Event()
 
     def longer() -> None:
-        with gc_paused():
+        with pause_gc():
             began.set()
             may_end.wait(20)
 
     thread = threading.Thread(target=longer)
-    with gc_paused():
+    with pause_gc():
         thread.start()
         assert began.wait(20)
     assert not runs()
@@ -94,7 +94,7 @@ def test_blocks_of_several_threads() -> None:
 
 
 def test_a_fork_within_another_threads_block() -> None:
-    """A child of a fork, which has none of the other threads, has the collector on, and blocks of its own."""
+    """A forked child has the collector on and can start blocks, even if a thread of the parent is in a block."""
     code = """
 import gc, os, signal, threading
 from ray_zerocopy._model import gc_pause
@@ -104,7 +104,7 @@ def runs() -> bool:
     return gc.isenabled() and gc.get_threshold()[0] > 0
 
 def hold() -> None:
-    with gc_pause.gc_paused(), gc_pause._lock:
+    with gc_pause.pause_gc(), gc_pause._lock:
         began.set()
         may_end.wait(20)
 
@@ -112,16 +112,16 @@ thread = threading.Thread(target=hold)
 thread.start()
 began.wait(20)
 if os.fork() == 0:
-    signal.alarm(10)  # which ends it
+    signal.alarm(10)  # ends the child
     alone = runs()
-    with gc_pause.gc_paused():
+    with gc_pause.pause_gc():
         off = not runs()
     os._exit(0 if alone and off and runs() else 7)
 status = os.waitstatus_to_exitcode(os.wait()[1])
 may_end.set()
 thread.join()
 assert runs() and status == 0, status
-with gc_pause.gc_paused():
+with gc_pause.pause_gc():
     if os.fork() == 0:
         os._exit(0 if not runs() else 8)
 status = os.waitstatus_to_exitcode(os.wait()[1])
@@ -132,7 +132,7 @@ assert runs() and status == 0, status
 
 
 def test_an_interrupt_while_a_block_begins() -> None:
-    """Ctrl-C on the way into a block leaves the collector on, and the way free for other threads.
+    """Ctrl-C while a block begins leaves the collector on and the lock free.
 
     Python looks for signals where a function begins and after a call.
     """
@@ -151,7 +151,7 @@ def test_an_interrupt_while_a_block_begins() -> None:
         before = sys.getprofile()
         try:
             sys.setprofile(profile)
-            with gc_paused():
+            with pause_gc():
                 sys.setprofile(before)
         except KeyboardInterrupt:
             return True
@@ -173,12 +173,12 @@ def test_an_interrupt_while_a_block_begins() -> None:
 def made_in_an_import(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, code: str) -> None:
     (tmp_path / f"{name}.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    with gc_paused_to_import(name):
+    with pause_gc_to_import(name):
         __import__(name)
 
 
 def test_what_an_import_made_is_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What an import leaves is in the oldest generation and not frozen, and its garbage is collected in time."""
+    """Objects that an import makes are in the oldest generation and not frozen, and their garbage is collected."""
     code = """
 import weakref
 class Thing: pass
@@ -199,7 +199,7 @@ del cycle
 
 
 def test_an_import_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An import's error comes through as itself, and the collector goes on."""
+    """An import that fails raises its error, and the collector is on afterwards."""
     with pytest.raises(ZeroDivisionError):
         made_in_an_import(tmp_path, monkeypatch, "fails_at_once", "1 / 0")
 
@@ -214,7 +214,7 @@ def test_what_the_user_froze_stays_frozen(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_importing_the_package() -> None:
-    """The first import of the package, torch's within it, runs without the collector and leaves it on."""
+    """The first import of the package, which imports torch, pauses the collector and leaves it on."""
     code = """
 import gc
 before, runs = gc.get_threshold(), []

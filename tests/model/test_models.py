@@ -1,4 +1,4 @@
-"""Every promise, over every model of the table."""
+"""Test every promise with every model of `tests/models.py`."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from torch import nn
 from ray_zerocopy import load_model_in_actor, memory, prepare_model_for_actors
 from ray_zerocopy._model import graph, layout, paths
 from ray_zerocopy._model.tensors import components
-from ray_zerocopy._store.host import fetch
+from ray_zerocopy._store.fetch import fetch
 
 SHARED: dict[str, tuple[Any, Any]] = {}
 
 
 @pytest.fixture
 def shared(ray_session: None, request: pytest.FixtureRequest) -> tuple[Any, Any]:
-    """Return the named source model and its handle, made once."""
+    """Return the named source model and its ModelRef. Each is made once."""
     name = request.getfixturevalue("name")
     if name not in SHARED:
         source = CASES[name].make()
@@ -40,7 +40,7 @@ def shared(ray_session: None, request: pytest.FixtureRequest) -> tuple[Any, Any]
 
 
 def is_eval(model: Any) -> bool:
-    """Tell whether no module in the graph trains and no tensor wants a gradient."""
+    """Tell whether no module of the graph is in train mode and no tensor requires a gradient."""
     parts = [part for _, part in paths.walk(model)]
     modules = [p for p in parts if isinstance(p, torch.nn.Module) and not isinstance(p, torch.fx.GraphModule)]
     return not any(getattr(p, "training", False) for p in modules) and not any(
@@ -50,14 +50,14 @@ def is_eval(model: Any) -> bool:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_loads_equal_with_flags(name: str, shared: tuple[Any, Any]) -> None:
-    """With keep_flags the loaded graph has the source's types, values, strides, ties, modes and gradients' flags."""
+    """With keep_flags the loaded graph has the source's types, values, strides, ties, modes and requires_grad."""
     source, ref = shared
     assert describe(load_model_in_actor(ref, keep_flags=True)) == describe(source)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_loads_in_eval_mode(name: str, shared: tuple[Any, Any]) -> None:
-    """By default everything is in eval mode, nothing requires a gradient, and all else is as in the source."""
+    """By default modules are in eval mode, no tensor requires a gradient, and the rest equals the source."""
     source, ref = shared
     loaded = load_model_in_actor(ref)
     assert is_eval(loaded)
@@ -66,7 +66,7 @@ def test_loads_in_eval_mode(name: str, shared: tuple[Any, Any]) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_load_is_as_the_first(name: str, shared: tuple[Any, Any]) -> None:
-    """Four loads alive at once in one process, with flags and without, are all equal to the source, and apart."""
+    """Four loads that are alive in one process all equal the source and share no memory, with flags and without."""
     source, ref = shared
     for flags in (True, False):
         loads = [load_model_in_actor(ref, keep_flags=flags) for _ in range(4)]
@@ -77,7 +77,7 @@ def test_every_load_is_as_the_first(name: str, shared: tuple[Any, Any]) -> None:
 
 
 def addresses(model: Any) -> set[int]:
-    """Return where the tensors of a model lie; a frozen module's constants are code, which a process has once."""
+    """Return the addresses of a model's tensors, without graph constants, which all loads of a process share."""
     return {
         piece.data_ptr()
         for path, part in paths.walk(model)
@@ -101,9 +101,9 @@ def test_computes_the_same(name: str, mode: str, shared: tuple[Any, Any]) -> Non
 
 @pytest.mark.parametrize("name", NAMES)
 def test_stores_each_storage_once(name: str, shared: tuple[Any, Any]) -> None:
-    """The store has the bytes of the distinct storages, and at most the alignment of small ones beside them."""
+    """The store has the bytes of the distinct storages, and at most `ALIGNMENT` bytes of padding for each."""
     source, ref = shared
-    bodies = fetch(ref)
+    bodies = fetch(ref).bodies
     stored = sum(memoryview(buffer).nbytes for body in bodies for buffer in body["buffers"])
     assert stored == ref.nbytes
     parts = graph.take_apart(source)
@@ -116,7 +116,7 @@ def test_stores_each_storage_once(name: str, shared: tuple[Any, Any]) -> None:
 
 
 def locations(ref: Any) -> list[Any]:
-    """Load the model and return where each of its tensors lies."""
+    """Load the model and return the location and size of each tensor."""
     model = load_model_in_actor(ref)
     tensors = [part for _, part in paths.walk(model) if isinstance(part, torch.Tensor)]
     return [(memory.location(t), t.numel()) for tensor in tensors for t in components(tensor)]
@@ -124,11 +124,11 @@ def locations(ref: Any) -> list[Any]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_is_really_shared(name: str, shared: tuple[Any, Any], two_actors: list[Any]) -> None:
-    """Every tensor with bytes lies at the same device, inode and offset in two actors."""
+    """Every tensor with bytes is at the same device, inode and offset in two actors."""
     _, ref = shared
     if name in PACKED:
         report = memory.model_memory(ref)
-        assert report.private >= 4 * 3 * 3 * 3  # int8 weights of the smallest layer here
+        assert report.private >= 4 * 3 * 3 * 3  # int8 weights of the smallest layer
         assert any("_packed_params" in path for path, _ in report.largest_private)
         return
     one, two = ray.get([actor.run.remote(locations, ref) for actor in two_actors])
@@ -138,7 +138,7 @@ def test_is_really_shared(name: str, shared: tuple[Any, Any], two_actors: list[A
 
 
 def test_sharing_is_told_from_copying(two_actors: list[Any]) -> None:
-    """The predicate says no to a model that each actor copied: the negative control."""
+    """`memory.location` is None for a model that the actor copied: the negative control."""
 
     def copied(ref: Any) -> list[Any]:
         model = copy.deepcopy(load_model_in_actor(ref))
@@ -150,7 +150,7 @@ def test_sharing_is_told_from_copying(two_actors: list[Any]) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_writes_stay_private(name: str, shared: tuple[Any, Any]) -> None:
-    """A write to every byte of a loaded model reaches neither another load, nor the source."""
+    """A write to every byte of a loaded model changes no other load and not the source."""
     source, ref = shared
     before = describe(source)
     writer = load_model_in_actor(ref)
@@ -168,7 +168,7 @@ def test_writes_stay_private(name: str, shared: tuple[Any, Any]) -> None:
 
 @pytest.mark.parametrize("name", ["exported_program"])
 def test_exported_programs_in_threads(name: str, shared: tuple[Any, Any]) -> None:
-    """Exported programs that several threads load at once are all there."""
+    """Several threads can load exported programs at the same time."""
     with switching_often(), ThreadPoolExecutor(4) as threads:
         loaded = list(threads.map(load_model_in_actor, [shared[1]] * 12))
     assert {str(program.graph_signature) for program in loaded} == {str(loaded[0].graph_signature)}
@@ -176,7 +176,7 @@ def test_exported_programs_in_threads(name: str, shared: tuple[Any, Any]) -> Non
 
 @contextlib.contextmanager
 def switching_often() -> Iterator[None]:
-    """Let threads take turns every 10 us."""
+    """Switch threads every 10 us."""
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     try:
@@ -186,7 +186,7 @@ def switching_often() -> Iterator[None]:
 
 
 def test_graph_modules_in_threads(ray_session: None) -> None:
-    """GraphModules that several threads load at once each get their own code."""
+    """Several threads can load GraphModules at the same time, and each gets the right code."""
     sources = [torch.fx.symbolic_trace(nn.Sequential(*[nn.ReLU()] * n)) for n in range(1, 5)]
     refs = [prepare_model_for_actors(source) for source in sources]
     with switching_often(), ThreadPoolExecutor(len(refs)) as threads:
@@ -195,7 +195,7 @@ def test_graph_modules_in_threads(ray_session: None) -> None:
 
 
 class Calls(nn.Module):
-    """Calls functions of all kinds: of Python, of C, an operator, one that torch has made of two, a method."""
+    """Calls all kinds of functions: Python, C, an operator, one that torch dispatches between two, a method."""
 
     def forward(self, x: torch.Tensor, scale: float = 2.0, *rest: torch.Tensor) -> tuple[torch.Tensor, Any]:
         pooled = torch.nn.functional.max_pool2d(x, kernel_size=2)
@@ -205,7 +205,7 @@ class Calls(nn.Module):
 
 
 def test_graph_modules_load_while_others_are_called(ray_session: None) -> None:
-    """A model that another thread calls knows nothing of the GraphModules that are loaded meanwhile."""
+    """Loading GraphModules does not disturb a model that another thread calls."""
     source = torch.fx.symbolic_trace(nn.Sequential(*[nn.Linear(4, 4) for _ in range(20)], nn.ReLU()))
     ref = prepare_model_for_actors(source)
     other = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
@@ -229,7 +229,7 @@ def test_graph_modules_load_while_others_are_called(ray_session: None) -> None:
 
 
 def test_the_calls_of_a_graph_module(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Functions of all kinds, names, types and constants of a GraphModule come back, without a trace."""
+    """A load restores all functions, names, types and constants of a GraphModule without tracing it."""
     source = torch.fx.symbolic_trace(Calls())
     ref = prepare_model_for_actors(source)
     monkeypatch.setattr(torch.fx.Tracer, "trace", None)
@@ -245,7 +245,7 @@ def test_the_calls_of_a_graph_module(ray_session: None, monkeypatch: pytest.Monk
 
 
 def copied(model: Any) -> Any:
-    """Return the description of a deep copy, or torch's refusal to make one."""
+    """Describe a deep copy, or return torch's error message."""
     try:
         return describe(copy.deepcopy(model))
     except (RuntimeError, ValueError) as refusal:
@@ -253,7 +253,7 @@ def copied(model: Any) -> Any:
 
 
 def saved(model: Any) -> tuple[Any, int]:
-    """Return the description of what torch.save wrote and its length, or torch's refusal to write it."""
+    """Describe the model after torch.save and torch.load, and return the file's size; or return torch's error."""
     stream = io.BytesIO()
     try:
         torch.save(model, stream)
@@ -267,11 +267,11 @@ def saved(model: Any) -> tuple[Any, int]:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated", "ignore:.*LeafSpec:FutureWarning")
 def test_can_be_copied_and_saved(name: str, shared: tuple[Any, Any]) -> None:
-    """Deepcopy and torch.save do with a loaded model what they do with the source: the same, and as large."""
+    """Deepcopy and torch.save give the same result for a loaded model as for the source, and files of one size."""
     source, ref = shared
     loaded = load_model_in_actor(ref, keep_flags=True)
     expected = copied(source)
-    # torch refuses to copy activations that have a history; those of a loaded model have none.
+    # torch does not copy activations that have a gradient history. A loaded model's activations have none.
     assert copied(loaded) == expected or "graph leaves" in expected
     (expected, most), (got, length) = saved(source), saved(loaded)
     assert got == expected or isinstance(expected, str)
@@ -280,9 +280,9 @@ def test_can_be_copied_and_saved(name: str, shared: tuple[Any, Any]) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_loaded_model_can_be_shared_again(name: str, shared: tuple[Any, Any]) -> None:
-    """Preparing a loaded model stores as many bytes as the first time, and loads equal."""
+    """A loaded model can be prepared again. It takes as many bytes, and its load equals the source."""
     source, ref = shared
     again = prepare_model_for_actors(load_model_in_actor(ref, keep_flags=True))
-    # TorchScript's code is in the store too, and its length changes with the numbers that torch gives to classes.
+    # The store also has TorchScript's code, whose length depends on the numbers that torch gives to classes.
     assert abs(again.nbytes - ref.nbytes) <= (1024 if name in SCRIPTED else 0)
     assert describe(load_model_in_actor(again, keep_flags=True)) == describe(source)

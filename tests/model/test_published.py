@@ -1,4 +1,4 @@
-"""Models, weights and methods that nobody here wrote, from Hugging Face, PEFT, torchao, Silero and others."""
+"""Test published models, weights and methods: Hugging Face, PEFT, torchao, Silero and others."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from ray_zerocopy import (
     prepare_model_for_actors,
     rewrite_pipeline_for_actors,
 )
-from ray_zerocopy._model import paths
+from ray_zerocopy._model import graph, paths
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # what these libraries say to each other
+pytestmark = pytest.mark.filterwarnings("ignore")  # these libraries warn about each other
 
 IDS = torch.tensor([[101, 2023, 2003, 1037, 6251, 102]])
 SILERO = importlib.util.find_spec("silero_vad")
 needs_silero = pytest.mark.skipif(
     SILERO is None, reason="silero-vad asks for torchaudio, of which there is no CPU build: pip install --no-deps it"
 )
-# The package asks for a torch of its own; only its weights are wanted.
+# The package requires another version of torch. The tests need only its weights.
 FACENET = importlib.util.find_spec("facenet_pytorch")
 needs_facenet = pytest.mark.skipif(
     FACENET is None, reason="facenet-pytorch asks for torch<2.3 and torchvision: pip install --no-deps it"
@@ -53,15 +53,23 @@ def private_paths(model: Any) -> Any:
 
 
 def test_minilm(minilm: Any, two_actors: list[Any]) -> None:
-    """The published encoder computes the same in an actor, all of it shared."""
+    """The published encoder gives the same output in an actor, and all its weights are shared."""
     ref = prepare_model_for_actors(minilm)
     got = ray.get(two_actors[0].run.remote(lambda ref: hidden(load_model_in_actor(ref)), ref))
     assert torch.equal(got, hidden(minilm))
     assert memory.model_memory(ref).private == 0
 
 
+def test_minilm_is_rebuilt_while_bytes_arrive(minilm: Any) -> None:
+    """Nothing that unpickles the encoder reads a tensor, so it is rebuilt ahead of a call, and beside an upload."""
+    parts = graph.take_apart(minilm)
+    waits: list[int] = []
+    graph.put_together(parts.skeleton, parts.tensors, parts.arrays, wait=lambda: waits.append(0))
+    assert len(waits) == 1  # at the end
+
+
 def test_lora(minilm: Any, ray_session: None) -> None:
-    """A PEFT model is shared, base weights and adapters, and one base under two adapters is stored once."""
+    """Base weights and adapters of a PEFT model are shared, and the base of two adapters is stored once."""
     import peft
 
     base_bytes = sum(p.nbytes for p in minilm.parameters())
@@ -79,7 +87,7 @@ def test_lora(minilm: Any, ray_session: None) -> None:
 
 
 def test_torchao(minilm: Any, ray_session: None) -> None:
-    """Weights that torchao quantized, a tensor subclass of two tensors, are shared as they are."""
+    """Weights that torchao quantized are shared. They are tensors of a subclass that wraps two tensors."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
@@ -93,7 +101,7 @@ def test_torchao(minilm: Any, ray_session: None) -> None:
 
 
 def test_sentence_transformers(ray_session: None) -> None:
-    """A sentence-transformers stack, tokenizer and all, encodes the same."""
+    """A sentence-transformers model with its tokenizer encodes the same."""
     import sentence_transformers
 
     source = sentence_transformers.SentenceTransformer(str(get_model_path()), device="cpu")
@@ -103,7 +111,7 @@ def test_sentence_transformers(ray_session: None) -> None:
 
 
 def test_compiled(minilm: Any, ray_session: None) -> None:
-    """A torch.compile'd module travels with its weights shared; it compiles anew where it is called."""
+    """A module from torch.compile shares its weights. The worker compiles it again."""
     source = torch.compile(minilm, backend="eager")
     loaded = load_model_in_actor(prepare_model_for_actors(source))
     assert type(loaded) is type(source)
@@ -112,7 +120,7 @@ def test_compiled(minilm: Any, ray_session: None) -> None:
 
 
 def silero() -> Any:
-    """Load the published voice activity detector, TorchScript with two models inside."""
+    """Load the published voice activity detector, a TorchScript module with two models."""
     assert SILERO is not None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -120,7 +128,7 @@ def silero() -> Any:
 
 
 def voiced(model: Any) -> torch.Tensor:
-    """Return the detector's answers to half a second of a tone."""
+    """Return the detector's outputs for half a second of a tone."""
     tone = torch.sin(torch.arange(8192) * 0.05) * 0.3
     model.reset_states()
     with torch.inference_mode():
@@ -129,7 +137,7 @@ def voiced(model: Any) -> torch.Tensor:
 
 @needs_silero
 def test_silero(two_actors: list[Any]) -> None:
-    """The published TorchScript model gives the same in two actors, which see the same pages."""
+    """The published TorchScript model gives the same output in two actors, which share its pages."""
     source = silero()
     ref = prepare_model_for_actors(source)
 
@@ -159,7 +167,7 @@ class Assistant:
 
 @needs_silero
 def test_a_pipeline_of_two_published_models(minilm: Any, two_actors: list[Any]) -> None:
-    """A pipeline of a TorchScript detector and a transformer gives the same in an actor, from a small skeleton."""
+    """A pipeline of a TorchScript detector and a transformer has a small skeleton and equal outputs in an actor."""
     source = Assistant(silero(), minilm)
     skeleton, refs = rewrite_pipeline_for_actors(source)
     assert skeleton.models == (".ear", ".minds['english']")
@@ -169,7 +177,7 @@ def test_a_pipeline_of_two_published_models(minilm: Any, two_actors: list[Any]) 
 
 
 class Stage(nn.Module):
-    """One of the three networks of MTCNN, its layers and their sizes as the published weights have them."""
+    """One of the three networks of MTCNN. The published weights define its layers and their sizes."""
 
     def __init__(self, path: Path, pools: list[int]) -> None:
         super().__init__()
@@ -204,7 +212,7 @@ class Stage(nn.Module):
 
 
 class Cascade:
-    """Finds faces by three networks: each looks more closely at what the one before let through."""
+    """Finds faces with three networks. Each network examines the regions that the previous one selected."""
 
     def __init__(self, folder: Path) -> None:
         self.propose = Stage(folder / "pnet.pt", [2]).eval()
@@ -225,7 +233,7 @@ class Cascade:
 
 @needs_facenet
 def test_a_pipeline_from_one_package(two_actors: list[Any]) -> None:
-    """The published face detector, three networks after each other, is shared by two actors and finds the same."""
+    """Two actors share the published face detector, a chain of three networks, and give the same output."""
     assert FACENET is not None
     source = Cascade(Path(str(FACENET.origin)).parent / "data")
     image = torch.rand(3, 120, 160, generator=torch.Generator().manual_seed(1)) * 2 - 1

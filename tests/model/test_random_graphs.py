@@ -1,4 +1,4 @@
-"""Random graphs of modules, through the graph and the layout and back: every bit, every tie, every byte counted."""
+"""Take random graphs of modules apart and put them together: check every bit, every tie and every stored byte."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ray_zerocopy._model import graph, packing
+from ray_zerocopy._model import graph, packing, pickler
 from ray_zerocopy._model.layout import ALIGNMENT, PACKED_BELOW, unpack, unpack_arrays
 
-# The same cases every time, so that a failure in CI is a failure at home.
+# The same cases in every run, so that failures in CI can be reproduced.
 reproducible = settings(derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
 
 # ---------------------------------------------------------------- programs, and the graphs that they build
@@ -57,16 +57,16 @@ ATOMS = [
 ]
 NOISE = np.random.default_rng(0).integers(0, 256, 4 * PACKED_BELOW, dtype=np.uint8)
 GUARD = 0xEE
-# What is kept begins at such an address, as memory from malloc does, so that elements stay aligned in the store.
+# Kept bytes begin at a multiple of this address, as memory from malloc does, so elements stay aligned in the store.
 GRANULE = 16
 
 
 class Node(nn.Module):
-    """A module that holds anything."""
+    """A module with any attributes."""
 
 
 class Stateful(nn.Module):
-    """A module that says itself what of it is pickled."""
+    """A module that defines __getstate__ and __setstate__."""
 
     def __getstate__(self) -> dict[str, Any]:
         return dict(self.__dict__)
@@ -76,7 +76,7 @@ class Stateful(nn.Module):
 
 
 class Special(nn.Parameter):
-    """A Parameter by another name."""
+    """A Parameter subclass."""
 
 
 class Thing:
@@ -84,7 +84,7 @@ class Thing:
 
 
 class Step(NamedTuple):
-    """One operation: its name, three numbers that say on what, and where the result is put (0: nowhere)."""
+    """One operation: its name, three numbers that choose its operands, and the holder of the result (0: none)."""
 
     do: str
     a: int = 0
@@ -94,7 +94,7 @@ class Step(NamedTuple):
 
 
 class Builder:
-    """Builds a graph from a program. Numbers are taken modulo the number of choices, so any program is legal."""
+    """Builds a graph from a program. Numbers are taken modulo the number of choices, so every program is valid."""
 
     def __init__(self, program: list[Step]) -> None:
         self.root = Node()
@@ -131,7 +131,7 @@ class Builder:
         elif not isinstance(holder, nn.Module) or how == 0:
             object.__setattr__(holder, name, value)
         elif isinstance(value, nn.Module):
-            # Submodules that form a circle are beyond torch too: train() would not end.
+            # torch does not support a cycle of submodules: train() would not end.
             submodule = all(part is not holder for part in value.modules())
             (holder.add_module if submodule else holder.__dict__.__setitem__)(name, value)
         elif isinstance(value, nn.Parameter) and how < 3:
@@ -175,12 +175,12 @@ class Builder:
 
     def array(self, a: int, b: int, c: int) -> tuple[Any]:
         array = self.cut(a, b, c)
-        if array.nbytes < graph.SMALLEST_ARRAY:
-            array = array.copy()  # such an array is pickled by value, without its aliases
+        if array.nbytes < pickler.SMALLEST_ARRAY:
+            array = array.copy()  # pickled by value, so it loses its aliases
         elif c % 5 == 1 and array.size % 2 == 0:
             array = array.reshape(2, -1).T
         elif c % 5 == 2:
-            array = np.arange(array.size, dtype=np.uint32)[::3]  # comes back contiguous
+            array = np.arange(array.size, dtype=np.uint32)[::3]  # contiguous after the load
         if c % 3 == 0:
             array = array[...]
             array.flags.writeable = False
@@ -189,7 +189,7 @@ class Builder:
     def storage(self, a: int, b: int, c: int) -> tuple[Any]:
         return (self.pick(a).untyped_storage(),)
 
-    # Views of what there is.
+    # Views of existing tensors.
 
     def slice(self, a: int, b: int, c: int) -> tuple[Any]:
         tensor = self.pick(a).detach()
@@ -236,7 +236,7 @@ class Builder:
         try:
             return (tensor.view(dtype),)
         except RuntimeError:
-            return (tensor,)  # as torch says: the sizes or strides do not allow it
+            return (tensor,)  # the sizes or strides do not allow the view
 
     def as_strided(self, a: int, b: int, c: int) -> tuple[Any]:
         tensor = self.pick(a).detach()
@@ -283,7 +283,7 @@ class Builder:
     def mark(self, a: int, b: int, c: int) -> None:
         setattr(self.pick(a), f"mark{b % 2}", self.values[c % len(self.values)])
 
-    # Holders, and what they hold.
+    # Holders and their contents.
 
     def module(self, a: int, b: int, c: int) -> tuple[Any]:
         return ([Node, Node, Stateful, nn.ModuleList, nn.ModuleDict, nn.Sequential][a % 6]().train(b % 2 == 0),)
@@ -321,7 +321,7 @@ programs = st.lists(
 
 
 class Limits(NamedTuple):
-    """The layout's thresholds, lowered so that small graphs pass them."""
+    """The thresholds of `packing.py` and `graph.py`, lowered so that small graphs reach them."""
 
     alone: int
     most: int
@@ -332,13 +332,13 @@ class Limits(NamedTuple):
 limits = st.builds(
     Limits,
     st.sampled_from([PACKED_BELOW, 4096, 64]),
-    st.sampled_from([packing.MOST_BUFFERS, 2]),
-    st.sampled_from([graph.SMALLEST_ARRAY, 512]),
+    st.sampled_from([packing.MAX_BUFFERS, 2]),
+    st.sampled_from([pickler.SMALLEST_ARRAY, 512]),
     st.sampled_from([packing.PACK_AT_LEAST, 1024]),
 )
 
-# Found by these tests, and kept for good: an empty view before the only part of its storage that is kept; arrays
-# that begin within an element of one another; more large storages of one size than there may be buffers.
+# Programs that failed once: an empty view before the kept part of its storage; arrays that begin less than an element
+# apart; more large storages of one size than the maximum number of buffers.
 EMPTY_BEFORE = [Step("base", 1, 10, 0, 0), Step("slice", 0, 4, 200), Step("slice", 1, 0, 0)]
 OUT_OF_STEP = [Step("from_numpy", 0, 1, 1), Step("from_numpy", 0, 2, 2)]
 ALL_ALIKE = [Step("base", 0, 8, 0)] * 4
@@ -346,21 +346,21 @@ ALL_ALIKE = [Step("base", 0, 8, 0)] * 4
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Keep torch to one thread: the tensors are small."""
+    """Limit torch to one thread, because the tensors are small."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-# ---------------------------------------------------------------- what a graph is, told without the library
+# ---------------------------------------------------------------- descriptions of graphs, without the library
 
 
 _ATOMS = (str, bytes, int, float, complex, type(None), torch.Size, torch.dtype, torch.device)
 
 
 def held(part: Any) -> list[tuple[str, Any]]:
-    """Return what an object holds, by name."""
+    """Return the names and values that an object holds."""
     if isinstance(part, dict):
         return [(repr(key), value) for key, value in part.items()]
     if isinstance(part, (list, tuple)):
@@ -369,7 +369,7 @@ def held(part: Any) -> list[tuple[str, Any]]:
 
 
 def reachable(root: object) -> list[Any]:
-    """Return every object that is no atom, once, in the order met; equal graphs give lists that correspond."""
+    """Return every object except atoms once, in a fixed order, so the lists of equal graphs correspond."""
     found: list[Any] = []
     seen: set[int] = set()
     pending = [root]
@@ -387,9 +387,9 @@ def tensors_of(root: object) -> list[torch.Tensor]:
 
 
 def facts(root: object, flags: bool = True) -> list[Any]:
-    """Describe every object of a graph: its class, what it holds (objects by number), and its very bits.
+    """Describe every object of a graph: its class, its contents (objects by number), and its bits.
 
-    Beside tests/describe.py, this looks into sets, arrays and storages, and under conjugate and negative views.
+    Unlike tests/describe.py, this looks into sets, arrays and storages, and under conjugate and negative views.
     """
     parts = reachable(root)
     numbers = {id(part): number for number, part in enumerate(parts)}
@@ -422,7 +422,7 @@ def bytes_of(storage: torch.UntypedStorage) -> bytes:
 
 
 def bytes_under(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """Return the very bytes of a tensor's elements, found by its address, shape and strides alone."""
+    """Return the bytes of a tensor's elements, computed from its address, shape and strides."""
     size = tensor.element_size()
     span = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True)) + 1
     block = np.frombuffer((ctypes.c_uint8 * (span * size)).from_address(tensor.data_ptr()), dtype=np.uint8)
@@ -431,7 +431,7 @@ def bytes_under(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
 
 
 def hull(tensor: torch.Tensor) -> tuple[int, int]:
-    """Return the addresses of a tensor's first byte and of the one after its last, by counting every element."""
+    """Return the addresses of a tensor's first byte and past its last byte, computed from every element."""
     where = np.zeros((), dtype=np.int64)
     for size, step in zip(tensor.shape, tensor.stride(), strict=True):
         where = where[..., None] + np.arange(size) * step
@@ -480,7 +480,7 @@ def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-# ---------------------------------------------------------------- the way there and back
+# ---------------------------------------------------------------- the round trip
 
 
 class Store:
@@ -504,12 +504,12 @@ class Store:
             at += aligned(buffer.nbytes)
 
     def guarded(self) -> bool:
-        """Tell whether nothing was written beside the buffers."""
+        """Tell whether the guard bytes between the buffers are unchanged."""
         return bool((np.frombuffer(self.memory, dtype=np.uint8)[self.free] == GUARD).all())
 
 
 def travel(root: object, keep_flags: bool, gap: int) -> tuple[Any, Store]:
-    """Take a graph apart, send it through pickle and a stand-in for the store, and put it together."""
+    """Take a graph apart, send it through pickle and a fake store, and put it together."""
     parts = graph.take_apart(root)
     packed = packing.pack(parts.tensors, parts.arrays)
     store = Store([buffer.memory() for buffer in packed.buffers], gap)
@@ -524,9 +524,9 @@ def travel(root: object, keep_flags: bool, gap: int) -> tuple[Any, Store]:
 def with_limits(limits: Limits, check: Callable[[], None]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "PACKED_BELOW", limits.alone)
-        patch.setattr(packing, "MOST_BUFFERS", limits.most)
+        patch.setattr(packing, "MAX_BUFFERS", limits.most)
         patch.setattr(packing, "PACK_AT_LEAST", limits.pack)
-        patch.setattr(graph, "SMALLEST_ARRAY", limits.smallest_array)
+        patch.setattr(pickler, "SMALLEST_ARRAY", limits.smallest_array)
         check()
 
 
@@ -535,7 +535,7 @@ def with_limits(limits: Limits, check: Callable[[], None]) -> None:
 @example(EMPTY_BEFORE, Limits(4096, 1000, 4096), 0, 0)
 @example(OUT_OF_STEP, Limits(4096, 1000, 4096), 0, 0)
 def test_round_trip(program: list[Step], limits: Limits, gap: int, chosen: int) -> None:
-    """A graph comes back bit for bit over the store's own bytes, and a write through one tensor shows in the same."""
+    """A loaded graph equals its source bit for bit, views the store, and has the same ties between tensors."""
 
     def check() -> None:
         source = Builder(program).root
@@ -570,7 +570,7 @@ def test_round_trip(program: list[Step], limits: Limits, gap: int, chosen: int) 
 @given(programs, limits)
 @example(ALL_ALIKE, Limits(64, 2, 4096))
 def test_keeps_every_byte_once(program: list[Step], limits: Limits) -> None:
-    """The buffers are the union of what storages and arrays need, and large pieces are the source's own memory."""
+    """The buffers have every byte that storages and arrays need once, and large ones are views of the source."""
 
     def check() -> None:
         source = Builder(program).root
@@ -580,7 +580,7 @@ def test_keeps_every_byte_once(program: list[Step], limits: Limits) -> None:
         assert packed.layout.buffers == [buffer.nbytes for buffer in packed.buffers]
         assert packed.layout.buffers == [buffer.memory().nbytes for buffer in packed.buffers]
 
-        starts = [(address_of(buffer.memory()), buffer.nbytes) for buffer in packed.buffers if not buffer.packed]
+        starts = [(address_of(buffer.memory()), buffer.nbytes) for buffer in packed.buffers if not buffer.is_packed]
         alone = [(begin, begin + nbytes) for begin, nbytes in starts]
         rest = [extent for extent in needed if extent not in alone]
         assert sorted(alone + rest) == needed
@@ -590,12 +590,12 @@ def test_keeps_every_byte_once(program: list[Step], limits: Limits) -> None:
             largest = max(end - begin for begin, end in rest)
             assert largest < limits.alone or len(alone) == limits.most
 
-        packs = [buffer for buffer in packed.buffers if buffer.packed]
+        packs = [buffer for buffer in packed.buffers if buffer.is_packed]
         assert sum(buffer.nbytes for buffer in packs) == sum(aligned(end - begin) for begin, end in rest)
         total = sum(end - begin for begin, end in needed)
         most = aligned(max(limits.pack, int(packing.PACK_SHARE * total)))
         assert all(buffer.nbytes <= most or len(buffer.parts) == 1 for buffer in packs)
-        assert not any(buffer.on_device for buffer in packed.buffers)
+        assert not any(buffer.device_parts for buffer in packed.buffers)
 
     with_limits(limits, check)
 
@@ -603,7 +603,7 @@ def test_keeps_every_byte_once(program: list[Step], limits: Limits) -> None:
 @settings(reproducible, max_examples=500)
 @given(programs)
 def test_loads_in_eval_mode(program: list[Step]) -> None:
-    """Without flags, nothing trains or requires a gradient, and all else is as in the source."""
+    """Without flags, no module trains, no tensor requires a gradient, and the rest equals the source."""
     source = Builder(program).root
     loaded, _ = travel(source, keep_flags=False, gap=0)
     assert facts(loaded, flags=False) == facts(source, flags=False)

@@ -1,4 +1,4 @@
-"""TorchScript beyond the table: functions, what cannot be shared, and what a later load costs."""
+"""Test TorchScript beyond `tests/models.py`: functions, refused modules, graph constants, and later loads."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from ray_zerocopy import (
     memory,
     prepare_model_for_actors,
 )
-from ray_zerocopy._model import graph, layout, packing
+from ray_zerocopy._model import graph, layout, operators, packing
 from ray_zerocopy._model.script import rebuild
-from ray_zerocopy._model.script.parts import baked_bytes
+from ray_zerocopy._model.script.parts import constant_bytes
 
 CPU = torch.device("cpu")
 X = torch.randn(2, 8, generator=torch.Generator().manual_seed(1))
 
 
 def scale(x: torch.Tensor, factor: float = 2.5, shift: int | None = None, *, word: str) -> torch.Tensor:
-    """Be a function with defaults of several types, and an argument that only goes by its name."""
+    """Scale `x`. The signature has defaults of several types and a keyword-only argument."""
     if shift is not None:
         x = x + shift
     return x * factor + len(word)
 
 
 def test_a_function_keeps_its_signature(ray_session: None) -> None:
-    """A scripted function comes back with its arguments' names, types, defaults and kinds, at every load."""
+    """Every load of a scripted function has the names, types, defaults and kinds of its arguments."""
     source = quietly(lambda: torch.jit.script(scale))
     ref = prepare_model_for_actors({"run": source})
     for _ in range(3):
@@ -51,7 +51,7 @@ def test_a_function_keeps_its_signature(ray_session: None) -> None:
 def bounded(
     x: torch.Tensor, low: float = -math.inf, high: float = math.inf, fill: float = math.nan, to: torch.device = CPU
 ) -> torch.Tensor:
-    """Be a function with defaults that have no literals."""
+    """Clamp `x`. The signature has defaults without literals."""
     return x.to(to).clamp(low, high) + torch.tensor([fill])
 
 
@@ -65,18 +65,18 @@ def test_defaults_without_literals(ray_session: None) -> None:
 
 
 def inner(self: torch.Tensor, by: int = 2) -> torch.Tensor:
-    """Be a function whose names are words that the library, or TorchScript's archive, uses itself."""
+    """Scale `self`. The library and TorchScript's archive use the same names internally."""
     return self * by
 
 
 def of_inner(inner: torch.Tensor, inner_: int = 2) -> torch.Tensor:
-    """Be another one."""
+    """Scale `inner`. The library uses the names of the arguments internally."""
     return inner * inner_
 
 
 @pytest.mark.parametrize("function", [inner, of_inner])
 def test_any_name_goes(function: Any, ray_session: None) -> None:
-    """Functions and arguments may have names that are in use inside, and keep them."""
+    """Functions and arguments keep names that the library uses internally."""
     source = quietly(lambda: torch.jit.script(function))
     ref = prepare_model_for_actors(source)
     for _ in range(3):
@@ -86,14 +86,14 @@ def test_any_name_goes(function: Any, ray_session: None) -> None:
 
 
 class Box:
-    """A class of TorchScript."""
+    """A class to script."""
 
     def __init__(self, size: int) -> None:
         self.size = size
 
 
 def test_a_function_of_a_class(ray_session: None) -> None:
-    """A function whose types torch cannot read back is shared without defaults, and refused if it has any."""
+    """A function whose types torch cannot read back can be shared if it has no defaults."""
     quietly(lambda: torch.jit.script(Box))
 
     def plain(box: Box, x: torch.Tensor) -> torch.Tensor:
@@ -108,18 +108,19 @@ def test_a_function_of_a_class(ray_session: None) -> None:
     scripted = quietly(lambda: torch.jit.script(plain))
     loaded = load_model_in_actor(prepare_model_for_actors(scripted))
     assert next(a.name for a in loaded.schema.arguments).startswith("box")
-    with pytest.raises(TypeError, match=r"its defaults would be lost: share a function without defaults"):
+    with pytest.raises(TypeError, match=r"defaults would be lost.* a function without defaults"):
         prepare_model_for_actors(quietly(lambda: torch.jit.script(with_default)))
 
 
-def test_weights_packed_for_mkldnn_are_refused(ray_session: None) -> None:
-    """What torch.jit.optimize_for_inference packed is refused when sharing, with path, fact and remedy."""
+def test_weights_packed_for_mkldnn_are_refused(ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that torch.jit.optimize_for_inference packed are refused. The error has the path and the remedy."""
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3)).eval()
     frozen = quietly(lambda: torch.jit.freeze(torch.jit.script(net)))
     ref = prepare_model_for_actors(frozen)
     optimized = quietly(lambda: torch.jit.optimize_for_inference(frozen))
     if "ConstantMKLDNN" not in str(optimized.graph):
         pytest.skip("this build of torch packs nothing for mkldnn")
+    monkeypatch.setattr(operators, "has_foreign_operators", lambda: True)  # as after torch.library.custom_op
     with pytest.raises(
         TypeError, match=r"dict\['a'\]\.model .*graph of its forward\(\) has weights packed.*optimize"
     ):
@@ -130,7 +131,7 @@ def test_weights_packed_for_mkldnn_are_refused(ray_session: None) -> None:
 
 
 def many_layers() -> nn.Module:
-    """Return a model whose load is all objects and hardly any bytes."""
+    """Return a model with many objects and few bytes."""
     blocks = [nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.BatchNorm1d(8), nn.Dropout()) for _ in range(100)]
     return nn.Sequential(*blocks).eval()
 
@@ -138,7 +139,7 @@ def many_layers() -> nn.Module:
 @pytest.mark.parametrize("keep_flags", [False, True])
 @pytest.mark.parametrize("way", ["scripted", "traced"])
 def test_later_loads_of_many_layers(way: str, keep_flags: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two loads of four hundred modules read them from the archive; later ones read nothing, and give the same."""
+    """The first two loads of 400 modules read the archive. Later loads do not, and give equal modules."""
     reads = []
     read = rebuild.read_module
     monkeypatch.setattr(rebuild, "read_module", lambda *given: reads.append(len(kept)) or read(*given))
@@ -158,20 +159,20 @@ def test_later_loads_of_many_layers(way: str, keep_flags: bool, monkeypatch: pyt
 
 
 class Says:
-    """A class of TorchScript with an attribute that a module has, too."""
+    """A class to script, with an attribute that modules have as well."""
 
     def __init__(self) -> None:
         self.training = True
 
 
 class Mode(enum.Enum):
-    """An enum, which TorchScript pickles in a way of its own."""
+    """An enum, which TorchScript pickles in a special way."""
 
     FAST = 1
 
 
 class NoFlags(nn.Module):
-    """Holds the word training beside True where that is no flag, and flags in unusual tensors."""
+    """Holds the word training next to True without being a flag, and flags in unusual tensors."""
 
     def __init__(self, plain: bool) -> None:
         super().__init__()
@@ -193,7 +194,7 @@ class NoFlags(nn.Module):
 
 @pytest.mark.parametrize("plain", [True, False])
 def test_only_flags_are_cleared(plain: bool, ray_session: None) -> None:
-    """Eval mode and requires_grad=False change flags of modules and tensors, and no other bool of a module."""
+    """Eval mode and requires_grad=False change the flags of modules and tensors, and no other bool."""
     quietly(lambda: torch.jit.script(Says))
     ref = prepare_model_for_actors(quietly(lambda: torch.jit.script(NoFlags(plain))))
     for flags in (True, False, True, False, True, False):
@@ -210,7 +211,7 @@ def test_only_flags_are_cleared(plain: bool, ray_session: None) -> None:
 
 
 def test_compiled_code_goes_with_its_constants(ray_session: None) -> None:
-    """Kept code does not keep a frozen model's weights: they go with the last module that was loaded."""
+    """The code cache does not keep a frozen model's weights alive after the last loaded module is gone."""
     frozen = quietly(lambda: torch.jit.freeze(torch.jit.script(nn.Sequential(nn.Linear(512, 512)).eval())))
     ref = prepare_model_for_actors(frozen)
     before = set(rebuild._compiled)
@@ -224,17 +225,17 @@ def test_compiled_code_goes_with_its_constants(ray_session: None) -> None:
 
 
 def test_few_compiled_models_are_kept(ray_session: None) -> None:
-    """A process keeps the code of the last few models only, and compiles again what it has let go."""
+    """A process keeps the code of the last few models, and compiles the code of older ones again."""
     source = quietly(lambda: torch.jit.script(nn.Linear(8, 8)))
-    refs = [prepare_model_for_actors(source) for _ in range(rebuild.MOST_COMPILED + 2)]
+    refs = [prepare_model_for_actors(source) for _ in range(rebuild.MAX_COMPILED + 2)]
     for ref in refs:
         load_model_in_actor(ref)
-    assert len(rebuild._kept) == rebuild.MOST_COMPILED
+    assert len(rebuild._recent) == rebuild.MAX_COMPILED
     assert torch.equal(load_model_in_actor(refs[0])(X), source(X))
 
 
 class Slices(nn.Module):
-    """Two Parameters of a large storage, which overlap, and a buffer of another type over it."""
+    """Two overlapping Parameters over a large storage, and a buffer of another dtype over the same storage."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -249,7 +250,7 @@ class Slices(nn.Module):
 
 
 def test_dtypes_over_one_storage(ray_session: None) -> None:
-    """Tensors of two dtypes over one storage keep both, and are refused where torch would make them one."""
+    """Tensors of two dtypes over one storage keep both dtypes, or are refused if torch would lose one."""
     weight = torch.randn(8)
 
     class Two(nn.Module):
@@ -269,12 +270,12 @@ def test_dtypes_over_one_storage(ray_session: None) -> None:
         loaded = load_model_in_actor(ref, keep_flags=True)
         assert describe(loaded) == describe(source)
         assert torch.equal(loaded(X), source(X))
-    with pytest.raises(TypeError, match=r"different dtypes over one storage.*clone one of them"):
+    with pytest.raises(TypeError, match=r"different dtypes over one storage.*Clone one of them"):
         prepare_model_for_actors(quietly(lambda: torch.jit.script(Two(True))))
 
 
 def test_a_slice_is_stored_as_the_slice(ray_session: None) -> None:
-    """Small parts of large storages in TorchScript are stored as the bytes they are, ties kept."""
+    """Small slices of large storages in TorchScript are stored without the rest of the storage, and keep ties."""
     source = quietly(lambda: torch.jit.script(Slices()))
     parts = graph.take_apart(source)
     ref = prepare_model_for_actors(source)
@@ -316,7 +317,7 @@ class SlicesBeside(nn.Module):
 
 
 class TiedLists(nn.Module):
-    """Holds one list under two names, or twice in another list, once `tie` was called."""
+    """After `tie`, holds one list under two names, or twice in another list."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -346,7 +347,7 @@ class Appends(TiedLists):
 
 @pytest.mark.parametrize("kind", [Assigns, Appends])
 def test_lists_that_are_one_stay_one(kind: Any, ray_session: None) -> None:
-    """What a method made one list is one in every load."""
+    """Two attributes that a method made one list are one list in every load."""
     source = quietly(lambda: torch.jit.script(kind()))
     source.tie()
     ref = prepare_model_for_actors(source)
@@ -355,7 +356,7 @@ def test_lists_that_are_one_stay_one(kind: Any, ray_session: None) -> None:
 
 
 class Traced(nn.Module):
-    """A slice of a large storage beside a constant of the graph."""
+    """A slice of a large storage beside a graph constant."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -367,7 +368,7 @@ class Traced(nn.Module):
 
 @pytest.mark.parametrize("way", ["script", "trace"])
 def test_slices_beside_lists_and_constants(way: str, ray_session: None) -> None:
-    """Slices are stored as slices beside lists, convolutions and constants, and lists are each load's own."""
+    """Slices beside lists, convolutions and constants are stored as slices, and loads do not share lists."""
     source = quietly(lambda: torch.jit.script(SlicesBeside()) if way == "script" else torch.jit.trace(Traced(), X))
     ref = prepare_model_for_actors(source)
     assert ref.nbytes <= sum(a.raw().nbytes for a in graph.take_apart(source).arrays) + 1024
@@ -383,7 +384,7 @@ def test_slices_beside_lists_and_constants(way: str, ray_session: None) -> None:
 
 
 def counting() -> torch.jit.ScriptFunction:
-    """Return a function that counts its calls in a constant of its graph."""
+    """Return a function that counts its calls in a graph constant."""
     count = torch.zeros(1)
 
     def count_up(x: torch.Tensor) -> torch.Tensor:
@@ -394,7 +395,7 @@ def counting() -> torch.jit.ScriptFunction:
 
 
 def calls(way: str) -> torch.jit.ScriptModule:
-    """Return a scripted module that writes to a constant of what it calls."""
+    """Return a scripted module that writes to a graph constant of a function that it calls."""
     called = counting()
     constant = torch.zeros(1)
     kept = torch.jit.trace(lambda x: constant.expand(x.shape[0]), torch.zeros(1), check_trace=False)
@@ -434,18 +435,18 @@ def calls(way: str) -> torch.jit.ScriptModule:
 
 @pytest.mark.parametrize("way", ["called", "traced", "forked", "returned", "hooked"])
 def test_a_written_constant_of_a_called_function_is_each_loads_own(way: str, ray_session: None) -> None:
-    """What a module writes into a constant of a function that it calls reaches no other load."""
+    """A write to a graph constant of a called function changes no other load."""
     ref = prepare_model_for_actors(quietly(lambda: calls(way)))
     zero = torch.zeros(1)
     loads = [load_model_in_actor(ref) for _ in range(3)]
     said = [[float(model(zero)) for _ in range(3)] for model in loads]
-    before = said[0][0]  # what tracing has counted
+    before = said[0][0]  # tracing has called the function
     assert said == [[before, before + 1, before + 2]] * 3
     assert float(load_model_in_actor(ref)(zero)) == before
 
 
 class Table(nn.Module):
-    """Gives a row of its table to the caller, or keeps it where the caller gets at it."""
+    """Returns a row of its table, or keeps the row in an attribute that the caller can read."""
 
     def __init__(self, size: int, keep: bool) -> None:
         super().__init__()
@@ -463,7 +464,7 @@ class Table(nn.Module):
 @pytest.mark.parametrize("size", [2, 20_000])
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_returned_constant_is_each_loads_own(keep: bool, size: int, ray_session: None) -> None:
-    """What a caller writes into a constant that it was given reaches no other load of the process."""
+    """A caller's write to a returned graph constant changes no other load of the process."""
     frozen = quietly(lambda: torch.jit.freeze(torch.jit.script(Table(size, keep).eval()), preserved_attrs=["last"]))
 
     def row_of(model: Any) -> torch.Tensor:
@@ -478,7 +479,7 @@ def test_a_returned_constant_is_each_loads_own(keep: bool, size: int, ray_sessio
 
 
 def test_constants_of_called_functions_are_shared_and_counted(ray_session: None) -> None:
-    """A large constant of a function that a scripted module calls is in the store, shared, and in the report."""
+    """A large graph constant of a called function is in the store, is shared, and is in the report."""
     large = torch.randn(100_000)
     function = quietly(lambda: torch.jit.trace(lambda x: x + large, torch.zeros(1), check_trace=False))
 
@@ -487,7 +488,7 @@ def test_constants_of_called_functions_are_shared_and_counted(ray_session: None)
             return function(x)
 
     source = quietly(lambda: torch.jit.script(Calls()))
-    assert baked_bytes(source) >= large.nbytes
+    assert constant_bytes(source) >= large.nbytes
     ref = prepare_model_for_actors(source)
     assert large.nbytes <= ref.nbytes < large.nbytes + 50_000
     loaded = load_model_in_actor(ref)
@@ -499,7 +500,7 @@ def test_constants_of_called_functions_are_shared_and_counted(ray_session: None)
 
 
 def tied_to_script() -> dict[str, Any]:
-    """Return parameters that are held by an eager module, two scripted ones, a list and an optimizer."""
+    """Return parameters that an eager module, two scripted modules, a list and an optimizer hold."""
     eager = nn.Linear(8, 8)
     layers = nn.Sequential(eager, nn.Conv1d(2, 2, 1))
     one, two = torch.jit.script(layers), torch.jit.trace(nn.Sequential(eager, nn.ReLU()), X)

@@ -39,7 +39,9 @@ class Keeper:
 def main() -> None:
     """Print what the test looks at, as JSON."""
     store = {"num_cpus": 4, "object_store_memory": 100_000_000}
-    cluster = Cluster(initialize_head=True, head_node_args={**store, "resources": {"first": 1}})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={**store, "resources": {"first": 1}, "include_dashboard": False}
+    )
     cluster.add_node(**store, resources={"second": 1})
     ray.init(address=cluster.address, logging_level="error")
     actor = ray.remote(num_cpus=0.1)(Keeper)

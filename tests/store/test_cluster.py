@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from run_script import run_json
 
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
     """Run the script once."""
     script = Path(__file__).parent / "cluster_script.py"
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script)], capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+    return run_json(script)
 
 
 def test_one_copy_a_node(found: dict[str, Any]) -> None:
@@ -45,5 +39,5 @@ def test_one_report_over_nodes(found: dict[str, Any]) -> None:
 def test_a_dead_owner(found: dict[str, Any]) -> None:
     """A node without a copy is told that the model is gone, and why; what was loaded before stays whole."""
     assert "no longer in the object store: OwnerDiedError" in found["lost"]
-    assert "prepare it in the driver" in found["lost"]
+    assert "Prepare it in the driver" in found["lost"]
     assert found["kept"][0] == found["kept"][1]

@@ -14,8 +14,9 @@ import torch
 from known_objects import known_objects
 from torch import nn
 
-from ray_zerocopy import load_model_in_actor, memory, prepare_model_for_actors
-from ray_zerocopy._store import pages
+from ray_zerocopy import load_model_in_actor, prepare_model_for_actors
+from ray_zerocopy._pages import regions
+from ray_zerocopy._store import spans
 
 
 def make() -> nn.Module:
@@ -63,7 +64,7 @@ def test_one_tensor_keeps_the_pages(ray_session: None) -> None:
 
 def views_mapped() -> int:
     """Return the bytes of the store that this process has mapped privately."""
-    return sum(end - begin for *_, begin, end in memory._model_spans(pages.regions()))
+    return sum(end - begin for *_, begin, end in spans.model_spans(regions.regions(), {})[0])
 
 
 def test_memory_comes_back(ray_session: None) -> None:

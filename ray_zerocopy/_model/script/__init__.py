@@ -1,1 +1,1 @@
-"""TorchScript: take apart, read, rebuild. Knows torch, no Ray."""
+"""A TorchScript module <-> archives without weights, and tensors. Imports torch, but not Ray."""

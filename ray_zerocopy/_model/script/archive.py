@@ -1,32 +1,36 @@
-"""A TorchScript module without its weights: what travels in its place, and how its records are named.
+"""The archive format for a TorchScript module without its weights.
 
 Note [TorchScript without weights]
 
-A `ScriptModule` lives in C++, out of a pickler's reach, and `torch.jit.save` writes its weights between its code.
-`torch.package`, though, writes several script modules into one archive that share weights with eager code: its
-serializer keeps a table of the storages that are in the archive already, and skips them. We enter every storage
-of the module into that table first, so that an archive without weights results; on the way back we enter
-the same storages, now views of shared memory, into the reader's table, and it finds them there::
+A `ScriptModule` is a C++ object, so a pickler cannot look inside it. `torch.jit.save` writes weights and code into
+one archive. `torch.package` can write several script modules into one archive, and they share weights with eager
+code: its serializer has a table of the storages that are already in the archive, and skips them. The writer here
+enters every storage of the module into that table first, so the archive has no weights. The reader gets the same
+storages, now views of shared memory, and finds each of them by its number::
 
     ScriptModule --+-- classes, methods ------> code      compiled once per process and prepared model
                    +-- attributes, flags -----> objects                             [storage 0] [storage 1]
                    +-- tensors ---------------> tensors   shared like any other tensor
-                   +-- graph constants -------> tensors   (a frozen module's weights): one uint8 view a storage
+                   +-- graph constants -------> tensors   (a frozen module's weights): one uint8 view per storage
 
-Reading `objects` into a `CompilationUnit` that has the classes compiles nothing: the archive need not even hold
-code. That makes the second load in a process an order of magnitude faster than the first. It also writes down how
-the objects hang together, as a graph of TorchScript's own: "create an object of this class, set its attribute
-weight to tensor 7". The loads after that run this graph, in the interpreter, forty times as fast as reading.
-Loads in one process share their classes and compiled methods, as two instances of one scripted class do; never
-attributes or tensors.
+A process loads one prepared model in three ways:
 
-The module travels as an attribute of another module (`held_in_attribute`). The reader looks through the methods of a
-root module and its children for operators of old releases, which costs more than reading the module. It skips what an
-attribute holds.
+1. The first load reads `code` and compiles it.
+2. The second load reads `objects` into the same `CompilationUnit`. Nothing is compiled, so this load is ten times as
+   fast. If `Script.is_plain`, the load also records how the objects refer to each other, as a TorchScript graph:
+   "create an object of this class, set its attribute weight to tensor 7".
+3. Later loads run this graph in the interpreter. That is forty times as fast as reading `objects`.
 
-What cannot be shared is what a class makes of its tensors while it is read: a quantized layer packs its weights
-for the processor, in memory of its own. `Script.private` counts it. What a frozen module has in its graphs is
-shared; `_script_parts.baked_bytes` counts it, because it is in no `state_dict`.
+Loads in one process share their classes and compiled methods, as two instances of one scripted class do. They never
+share attributes or tensors, except for graph constants.
+
+`wrap_in_attribute` makes the module an attribute of another module before it is written. The reader searches the
+methods of a root module and its children for operators of old releases. This search takes longer than reading the
+module, and the reader does not search the values of attributes.
+
+Memory that a class allocates while it is read is not shared: a quantized layer packs its weights for the processor.
+`Script.private` counts these bytes. Graph constants are shared. `parts.constant_bytes` counts them, because they are
+in no `state_dict`.
 """
 
 from __future__ import annotations
@@ -55,15 +59,16 @@ class KeepFlags:
         return "KEEP_FLAGS"
 
 
-# Stands in a reduced module where `rebuild_script` takes whether to keep requires_grad: a pickler that has an
-# answer gives it a persistent id, and its unpickler a bool. Left in place, it means no.
+# The placeholder for the argument `keep_flags` of `rebuild_script`. The pickler of `graph.py` gives it a persistent
+# id, and the unpickler replaces it by a bool. Any other pickler leaves it in place, and then it means False.
 KEEP_FLAGS = KeepFlags()
 
 
 class Signature(NamedTuple):
-    """What a function is called; and the source of one with its arguments and defaults that calls it as `inner`.
+    """The signature of a TorchScript function.
 
-    No source where torch does not read the names of the types that it writes: classes.
+    `source` defines a function with the original name, arguments and defaults that calls the graph by the name
+    `inner`. It is None if torch cannot parse the types that it prints, which are classes.
     """
 
     name: str
@@ -74,28 +79,33 @@ class Signature(NamedTuple):
 class Script(NamedTuple):
     """A module without its tensors.
 
-    `code` is an archive with everything but storages, `objects` the same without code. `flagged` says whether they
-    have a second set of objects in which tensors require gradients and modules train. `plain` says whether all
-    attributes are modules, ordinary tensors, numbers, strings, and lists and tuples of these two, of which no method
-    makes two one; `mixed`, whether tensors of several dtypes are over one storage, which torch reads as one dtype.
-    `cache` is 'strong' where the compiled code may outlive the modules made with it, 'weak' where it holds shared
-    tensors (graph constants), and 'none' where a method writes to them or returns them, so that each module needs
-    its own. `storages` has, for each storage of the archives, which of the tensors beside it reaches all of it. Of
-    the storages, those from `baked` on are only in graphs, those from `made` on only in what classes made of
-    themselves to be saved; `private` is the bytes of these, which every load has of its own. `function` is what a
-    function is called and how.
+    Attributes:
+        key: Identifies the prepared model in a process's cache of compiled code.
+        code: The archive, with everything except the storages.
+        objects: The archive without code as well.
+        has_flags: Whether both archives have a second set of objects, with `requires_grad` and `training` set.
+        is_plain: Whether `record_construction` can make every attribute: modules, ordinary tensors, numbers, strings,
+            and lists and tuples of numbers and strings. False if a method may make two lists one object.
+        has_mixed_dtypes: Whether tensors of several dtypes view one storage. torch reads them with one dtype.
+        cache: 'strong' if compiled code may outlive the modules made with it. 'weak' if the code holds shared tensors
+            (graph constants). 'none' if a method writes to constants or returns them, so each module needs a copy.
+        storages: For each storage of the archives, the number of a tensor that views all of the storage.
+        first_constant: The storages from this number on are graph constants.
+        first_serialized: The storages from this number on were made by a class's `__getstate__`.
+        private: Bytes of the storages from `first_serialized` on. Every load has a copy of them.
+        function: The signature, for a function; None for a module.
     """
 
     key: bytes
     code: Any
     objects: Any
-    flagged: bool
-    plain: bool
-    mixed: bool
+    has_flags: bool
+    is_plain: bool
+    has_mixed_dtypes: bool
     cache: str
     storages: list[int]
-    baked: int
-    made: int
+    first_constant: int
+    first_serialized: int
     private: int
     function: Signature | None
 
@@ -109,7 +119,7 @@ def write_archive(records: dict[str, bytes]) -> bytes:
     stream = io.BytesIO()
     writer = torch._C.PyTorchFileWriter(stream)
     for name, record in records.items():
-        if name.startswith(".data/") and not name.endswith("serialization_id"):  # the writer adds the others itself
+        if name.startswith(".data/") and not name.endswith("serialization_id"):  # the writer writes the other records
             writer.write_record(name, record, len(record))
     writer.write_end_of_file()
     return stream.getvalue()

@@ -1,4 +1,4 @@
-"""How the objects of a TorchScript module hang together, as a TorchScript graph that makes another one like it."""
+"""A TorchScript module -> a TorchScript graph that creates the same objects around other tensors."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ Tensor = torch.Tensor
 
 
 def record_construction(cpp: Any, tensors: list[Tensor]) -> Callable[[list[Tensor]], Any]:
-    """Return a function that makes a module as `cpp` is one of `tensors`, of others in their places."""
+    """Return a function that makes a copy of the module `cpp`, with other tensors in the places of `tensors`."""
     numbers = match_tensors(cpp, tensors)
     graph: Any = torch._C.Graph()
-    given = graph.addInput()
-    given.setType(torch._C.ListType.ofTensors())
-    unpack = graph.insertNode(graph.create("prim::ListUnpack", [given], 0))
+    inputs = graph.addInput()
+    inputs.setType(torch._C.ListType.ofTensors())
+    unpack = graph.insertNode(graph.create("prim::ListUnpack", [inputs], 0))
     order: list[int] = []
     values: dict[Any, Any] = {}
-    alive = []
+    keep_alive = []  # `values` has modules by their hash
 
-    def value_of(held: Any, kind: Any) -> Any:
+    def add_value(held: Any, kind: Any) -> Any:
         kinds = element_types(kind, len(held)) if type(held) in (list, tuple) else None
-        if kinds is not None:  # each time: a list can be written to
-            parts = [value_of(part, of) for part, of in zip(held, kinds, strict=True)]
-            made = f"prim::{'List' if type(held) is list else 'Tuple'}Construct"
-            value = graph.insertNode(graph.create(made, parts, 1)).output()
+        if kinds is not None:  # never reused, because a method can write to a list
+            elements = [add_value(element, of) for element, of in zip(held, kinds, strict=True)]
+            operator = f"prim::{'List' if type(held) is list else 'Tuple'}Construct"
+            value = graph.insertNode(graph.create(operator, elements, 1)).output()
             value.setType(kind.getElementType() if kind.kind() == "OptionalType" else kind)
             return value
         is_tensor = isinstance(held, Tensor)
@@ -43,60 +43,61 @@ def record_construction(cpp: Any, tensors: list[Tensor]) -> Callable[[list[Tenso
                 order.append(numbers[key])
         return values[key]
 
-    def object_of(module: Any) -> Any:
+    def add_object(module: Any) -> Any:
         if hash(module) in values:
             return values[hash(module)]
-        alive.append(module)
-        held = [(name, value_of(module.getattr(name), kind)) for name, kind in parts.kinds(module).items()]
-        held += [(name, object_of(child)) for name, child in torch._C.ModuleDict(module).items()]
-        made = graph.insertNode(graph.create("prim::CreateObject", 1)).output()
-        made.setType(module._type())
-        values[hash(module)] = made
+        keep_alive.append(module)
+        held = [(name, add_value(module.getattr(name), kind)) for name, kind in parts.attribute_types(module).items()]
+        held += [(name, add_object(child)) for name, child in torch._C.ModuleDict(module).items()]
+        created = graph.insertNode(graph.create("prim::CreateObject", 1)).output()
+        created.setType(module._type())
+        values[hash(module)] = created
         for name, value in held:
-            graph.insertNode(graph.create("prim::SetAttr", [made, value], 0)).s_("name", name)
-        return made
+            graph.insertNode(graph.create("prim::SetAttr", [created, value], 0)).s_("name", name)
+        return created
 
-    graph.registerOutput(object_of(cpp))
-    function: Any = torch._C._create_function_from_graph("again", graph)
+    graph.registerOutput(add_object(cpp))
+    function: Any = torch._C._create_function_from_graph("rebuild", graph)
 
-    def again(others: list[Tensor]) -> Any:
+    def rebuild(others: list[Tensor]) -> Any:
         optimizing = torch._C._get_graph_executor_optimize()
-        torch._C._set_graph_executor_optimize(False)  # which would take long, and finds nothing
+        torch._C._set_graph_executor_optimize(False)  # optimization takes long and finds nothing here
         try:
             return function([others[place] for place in order])
         finally:
             torch._C._set_graph_executor_optimize(optimizing)
 
-    return again
+    return rebuild
 
 
 def exchange_tensors(cpp: Any, tensors: list[Tensor]) -> None:
-    """Exchange a module's tensors, which were just read, for those that they are like."""
+    """Replace each tensor that the reader made by the tensor of `tensors` over the same bytes."""
     numbers = match_tensors(cpp, tensors)
     for module in list(parts.modules(cpp)):
-        for name in parts.kinds(module):
+        for name in parts.attribute_types(module):
             held = module.getattr(name)
             if isinstance(held, Tensor) and held._cdata in numbers:
                 module.setattr(name, tensors[numbers[held._cdata]])
 
 
 def match_tensors(cpp: Any, tensors: list[Tensor]) -> dict[int, int]:
-    """Return, by the C++ object of each tensor of a module, the number of the one that it is like."""
+    """Return, by the address of each C++ tensor of a module, the number of the matching tensor in `tensors`."""
     places: dict[Any, list[int]] = {}
     for place, tensor in reversed(list(enumerate(tensors))):
-        places.setdefault(_place_of(tensor), []).append(place)
+        places.setdefault(_match_key(tensor), []).append(place)
     in_cpp = {tensor._cdata: tensor for tensor in parts.tensors_of(cpp)}
-    return {known: places[_place_of(tensor)].pop() for known, tensor in in_cpp.items()}
+    return {known: places[_match_key(tensor)].pop() for known, tensor in in_cpp.items()}
 
 
-def _place_of(tensor: Tensor) -> Any:
-    # Without the dtype, see `Script.mixed`: what is alike then comes in one order.
-    place = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.requires_grad)
-    return (tensor.untyped_storage()._cdata, *place)
+def _match_key(tensor: Tensor) -> Any:
+    # Without the dtype, because torch may read a wrong one: see `Script.has_mixed_dtypes`. Tensors that differ in
+    # their dtype only are matched by their order.
+    view = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.requires_grad)
+    return (tensor.untyped_storage()._cdata, *view)
 
 
 def element_types(kind: Any, count: int) -> list[Any] | None:
-    """Return the types of the elements of a list or tuple of TorchScript's, None for another type."""
+    """Return the types of the elements of a TorchScript list or tuple type, or None for another type."""
     if kind.kind() == "OptionalType":
         kind = kind.getElementType()
     if kind.kind() == "ListType":
@@ -105,6 +106,6 @@ def element_types(kind: Any, count: int) -> list[Any] | None:
 
 
 def view_over(tensor: Tensor, storage: torch.UntypedStorage, offset: Any) -> Tensor:
-    """Return a tensor as `tensor` is over another storage, or a second one over the same."""
+    """Return a tensor with the dtype, shape and stride of `tensor` over `storage`, from `offset` on (in elements)."""
     view = torch.empty(0, dtype=tensor.dtype, device=storage.device)
     return view.set_(storage, offset, tensor.shape, tensor.stride()).requires_grad_(tensor.requires_grad)

@@ -1,4 +1,4 @@
-"""The flags in a pickle of TorchScript objects: `requires_grad` of its tensors, `training` of its modules."""
+"""Clear `requires_grad` and `training` in a pickle of TorchScript objects."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ __all__ = ["clear_flags"]
 
 
 class _Flag(NamedTuple):
-    """A bool in a pickle, by its place there."""
+    """The position of a bool in a pickle."""
 
     position: int
 
 
 class _Object:
-    """Stands for whatever a pickle makes by calling a class or function."""
+    """A placeholder for the result of any class or function that the pickle calls."""
 
     state: Any = None
 
@@ -29,16 +29,16 @@ class _Object:
         self.state = state
 
 
-_InPython: Any = pickle._Unpickler  # the one that reads byte by byte
+_PythonUnpickler: Any = pickle._Unpickler  # the unpickler in C has no dispatch table
 
 
-class _FlagReader(_InPython):  # type: ignore[misc]
-    """Reads a pickle of TorchScript objects, and notes where the flags of its tensors are."""
+class _FlagReader(_PythonUnpickler):  # type: ignore[misc]
+    """Reads a pickle of TorchScript objects, and records the positions of its tensors' flags."""
 
     def __init__(self, data: bytes) -> None:
         self.stream = io.BytesIO(data)
         super().__init__(self.stream)
-        self.of_tensors: list[_Flag] = []
+        self.tensor_flags: list[_Flag] = []
 
     def persistent_load(self, pid: Any) -> None:
         return None
@@ -47,18 +47,18 @@ class _FlagReader(_InPython):  # type: ignore[misc]
         return self._tensor if module == "torch._utils" else _Object
 
     def _tensor(self, *given: Any) -> _Object:
-        self.of_tensors += [value for value in given if isinstance(value, _Flag)]
+        self.tensor_flags += [value for value in given if isinstance(value, _Flag)]
         return _Object()
 
     def _flag(self) -> None:
         self.append(_Flag(self.stream.tell() - 1))
 
     def _reduce(self) -> None:
-        given = self.stack.pop()  # a tuple, but for enums
+        given = self.stack.pop()  # a tuple, except for enums
         self.stack[-1] = self.stack[-1](*given) if isinstance(given, tuple) else _Object()
 
     dispatch: ClassVar[dict[int, Any]] = {
-        **_InPython.dispatch,
+        **_PythonUnpickler.dispatch,
         pickle.NEWTRUE[0]: _flag,
         pickle.NEWFALSE[0]: _flag,
         pickle.REDUCE[0]: _reduce,
@@ -66,16 +66,16 @@ class _FlagReader(_InPython):  # type: ignore[misc]
 
 
 def clear_flags(data: bytes, cpp: Any) -> bytes:
-    """Return a pickle of a module in which no tensor requires a gradient and no module trains."""
+    """Return the pickle with `requires_grad` and `training` set to False everywhere."""
     reader = _FlagReader(data)
     held = reader.load().state["held"]
-    flags = reader.of_tensors
+    flags = reader.tensor_flags
     pending = [(held, cpp)]
     while pending:
-        made, module = pending.pop()
-        if isinstance(made.state, dict):  # else a __getstate__ of its own chose what to save
-            flags += [flag for flag in [made.state.get("training")] if isinstance(flag, _Flag)]
-            pending += [(made.state[name], child) for name, child in torch._C.ModuleDict(module).items()]
+        placeholder, module = pending.pop()
+        if isinstance(placeholder.state, dict):  # otherwise the class's __getstate__ returned something else
+            flags += [flag for flag in [placeholder.state.get("training")] if isinstance(flag, _Flag)]
+            pending += [(placeholder.state[name], child) for name, child in torch._C.ModuleDict(module).items()]
     changed = bytearray(data)
     for flag in flags:
         changed[flag.position] = pickle.NEWFALSE[0]

@@ -1,4 +1,4 @@
-"""The TorchScript modules of one pickle: a part of a module, wherever it is held, stays that part."""
+"""Keep the identity of TorchScript modules: a submodule that several objects hold stays one object."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ __all__ = ["RestartPickle", "Scripts"]
 
 
 class RestartPickle(Exception):
-    """Parts of a script module, or its methods, were pickled before it was met: start over, now that it is known."""
+    """A submodule or method was pickled before the module that contains it. Pickle the graph again from the start."""
 
 
 class Scripts:
-    """The script modules of one pickle: a part of one, wherever it is held, is reduced to a path in the whole."""
+    """The script modules of one pickle. A submodule is reduced to its path in the outermost module."""
 
     def __init__(self) -> None:
-        self._places: dict[int, tuple[ScriptModule, str]] = {}  # by the C++ object: Python has several for one
-        self._stand_ins: set[int] = set()
+        # By the hash of the C++ object: one C++ object may have several Python objects.
+        self._places: dict[int, tuple[ScriptModule, str]] = {}
+        self._stand_ins: set[int] = set()  # owners of methods that were reduced before their module was found
         self._reduced: set[int] = set()
 
     def restart(self) -> None:
-        """Forget what has been reduced, but not what has been met."""
+        """Start over with the same known modules."""
         self._reduced.clear()
 
     def add(self, module: ScriptModule) -> None:
-        """Take note of a module and its parts."""
+        """Record a module and its submodules. Raise RestartPickle if one of them has been reduced already."""
         number = hash(module._c)
         known = self._places.get(number)
         if known is not None and (known[0] is module or number not in self._stand_ins):
@@ -43,7 +44,7 @@ class Scripts:
             raise RestartPickle
 
     def reduce(self, module: ScriptModule) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """Return what `reduce_script` does, or where in a larger module this one is."""
+        """Reduce a module by `reduce_script`, or to its path in the module that contains it."""
         self.add(module)
         whole, path = self._places[hash(module._c)]
         if whole is not module:
@@ -52,7 +53,7 @@ class Scripts:
         return reduce_script(module)
 
     def reduce_method(self, method: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """Describe a module's method by the module and its name."""
+        """Reduce a method to its module and its name."""
         number = hash(method.owner)
         if number not in self._places:
             stand_in = torch.jit._recursive.wrap_cpp_module(method.owner)  # type: ignore[no-untyped-call]
@@ -61,8 +62,8 @@ class Scripts:
             finally:
                 self._stand_ins.add(number)
         whole, path = self._places[number]
-        return _method, (whole, path, method.name)
+        return _rebuild_method, (whole, path, method.name)
 
 
-def _method(whole: ScriptModule, path: str, name: str) -> Any:
+def _rebuild_method(whole: ScriptModule, path: str, name: str) -> Any:
     return getattr(part_at(whole, path), name)

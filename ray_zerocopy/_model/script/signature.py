@@ -1,4 +1,4 @@
-"""The signature of a TorchScript function: names, types and defaults, which its graph does not have."""
+"""Keep the signature of a TorchScript function: its graph loses the names, types and defaults of arguments."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["function_of", "signature_of"]
 
 
 def signature_of(function: ScriptFunction[Any, Any], cpp: Any) -> Signature:
-    """Return the signature of a function, of which `cpp` is a module with that function as its forward."""
+    """Return the signature of `function`; `cpp` is a module that has this function as its forward method."""
     schema: Any = function.schema
     given = []
     names = [argument.name for argument in schema.arguments]
@@ -24,7 +24,7 @@ def signature_of(function: ScriptFunction[Any, Any], cpp: Any) -> Signature:
     for argument in schema.arguments:
         if argument.kwarg_only and "*" not in given:
             given.append("*")
-        default = f" = {_written(argument.default_value)}" if argument.has_default_value() else ""
+        default = f" = {_source_of(argument.default_value)}" if argument.has_default_value() else ""
         given.append(f"{argument.name}: {argument.type.annotation_str}{default}")
     source = f"def {function.name}({', '.join(given)}):\n    return {inner}({', '.join(names)})\n"
     signature = Signature(str(function.name), inner, source)
@@ -33,32 +33,33 @@ def signature_of(function: ScriptFunction[Any, Any], cpp: Any) -> Signature:
     except RuntimeError as error:
         if any(argument.has_default_value() for argument in schema.arguments):
             raise ValueError(
-                f"TorchScript does not read back the signature {schema}, so its defaults would be lost: "
-                f"share a function without defaults, or a scripted module"
+                f"TorchScript cannot read back the signature {schema}, so its defaults would be lost. "
+                f"Share a function without defaults, or a scripted module"
             ) from error
         return signature._replace(source=None)
     return signature
 
 
-def _written(value: object) -> str:
-    """Return a default as TorchScript reads it."""
+def _source_of(value: object) -> str:
+    """Return TorchScript source for a default value."""
     if isinstance(value, float) and not math.isfinite(value):
         return f"float('{value}')"
     if isinstance(value, torch.device):
         return f"torch.device('{value}')"
     if isinstance(value, tuple):
-        return f"({''.join(_written(held) + ', ' for held in value)})"
+        return f"({''.join(_source_of(held) + ', ' for held in value)})"
     return repr(value)
 
 
 def function_of(cpp: Any, signature: Signature) -> Any:
+    """Return the forward method of `cpp` as a function with the given signature."""
     graph = cpp._get_method("forward").inlined_graph.copy()
-    graph.eraseInput(0)  # the module, which a function does not use
+    graph.eraseInput(0)  # the argument `self`, which the function does not use
     return _define(signature, torch._C._create_function_from_graph(signature.name, graph))
 
 
 def _define(signature: Signature, inner: Any) -> Any:
-    """Return a function with the signature that does as `inner`, whose graph has lost defaults and names."""
+    """Return `inner` with the names and defaults that its graph has lost."""
     if signature.source is None:
         return inner
     unit: Any = torch._C.CompilationUnit()

@@ -37,14 +37,16 @@ Tensor = torch.Tensor
 
 
 def reduce_script(module: ScriptModule | ScriptFunction[Any, Any]) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """Return `rebuild_script` and its arguments, in the way of `__reduce__`; `module` is not changed.
+    """Return `rebuild_script` and its arguments, as `__reduce__` does, without changing `module`.
 
-    The tensors among the arguments are on the devices of the module's, and share their storages.
-    Raises RuntimeError, from torch, for a module that `torch.jit.save` refuses; ValueError for one that it writes
-    and cannot read.
+    The tensors among the arguments share the storages of the module's tensors.
+
+    Raises:
+        RuntimeError: `torch.jit.save` cannot write the module.
+        ValueError: `torch.jit.save` writes the module, but loses weights, dtypes or defaults.
     """
     if isinstance(module, ScriptFunction):
-        # copy: graph constants, the only tensors that a function can have
+        # copy: graph constants; a function has no other tensors
         unit = torch._C.CompilationUnit()
         holder = torch._C.import_ir_module_from_buffer(unit, module.save_to_buffer({}), None, {}, False)  # type: ignore[call-arg, arg-type]
         script, tensors = _take_apart(holder, signature_of(module, holder))
@@ -58,8 +60,8 @@ def _take_apart(cpp: Any, function: Signature | None) -> tuple[Script, list[Tens
     constants = list(parts.constants(cpp))
     plain = function is None and all(_is_plain(value, kind) for value, kind in parts.attributes(cpp))
     plain = plain and not parts.may_tie_lists(cpp)
-    if plain and _storages(parts.tensors_of(cpp)).isdisjoint(_storages(constants)):
-        cpp = _compacted(cpp)
+    if plain and _storage_ids(parts.tensors_of(cpp)).isdisjoint(_storage_ids(constants)):
+        cpp = _compact(cpp)
     writer = _WeightlessWriter(cpp)
     tensors, whole = _enter_attributes(cpp, writer, keep_objects=plain)
     first = len(writer.storages)
@@ -69,8 +71,8 @@ def _take_apart(cpp: Any, function: Signature | None) -> tuple[Script, list[Tens
     mixed = any(len(dtypes) > 1 for dtypes in writer.dtypes)
     if mixed and (not plain or any(len(writer.dtypes[number]) > 1 for number in entered if number >= 0)):
         raise ValueError(
-            f"a {cpp.qualified_name} has tensors of different dtypes over one storage, of which torch.jit.save "
-            f"writes one dtype only: clone one of them"
+            f"a {cpp.qualified_name} has tensors of different dtypes over one storage. torch.jit.save keeps only one "
+            f"dtype per storage. Clone one of them"
         )
     small = constants_apart and sum(storage.nbytes() for storage in writer.storages[first:]) <= SMALL_CONSTANTS
     records, private = writer.records()
@@ -80,28 +82,28 @@ def _take_apart(cpp: Any, function: Signature | None) -> tuple[Script, list[Tens
             whole[number] = len(tensors)
             tensors.append(torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage))
         numbers.append(whole[number])
-    flagged = _add_flagless_objects(records, cpp)
+    has_flags = _add_flagless_objects(records, cpp)
     cache = "strong"
-    if constants and parts.lets_constants_change(cpp):
+    if constants and parts.has_mutable_constants(cpp):
         cache = "none"
     elif records[CONSTANTS_RECORD.format(0)] != EMPTY_TUPLE and not (small and private == 0):
         cache = "weak"
-    objects = {CONSTANTS_RECORD.format(n): EMPTY_TUPLE for n in range(1 + flagged)}
-    objects |= {DATA_RECORD.format(n): records[DATA_RECORD.format(n)] for n in range(1 + flagged)}
-    # Out of band: every load reads the skeleton, but a process reads each of these at most once or twice.
+    objects = {CONSTANTS_RECORD.format(n): EMPTY_TUPLE for n in range(1 + has_flags)}
+    objects |= {DATA_RECORD.format(n): records[DATA_RECORD.format(n)] for n in range(1 + has_flags)}
+    # Out of band: every load reads the skeleton, but a process reads each archive at most twice.
     archives = pickle.PickleBuffer(write_archive(records)), pickle.PickleBuffer(write_archive(objects))
     script = Script(
-        uuid.uuid4().bytes, *archives, flagged, plain, mixed, cache, numbers, first, last, private, function
+        uuid.uuid4().bytes, *archives, has_flags, plain, mixed, cache, numbers, first, last, private, function
     )
     return script, tensors
 
 
 class _WeightlessWriter:
-    """Writes a module with torch's serializer, without the bytes of the storages that are entered before.
+    """Writes a module with torch's serializer, without the bytes of the storages that were entered before.
 
     Attributes:
-        storages: The storages entered so far; their places are their numbers in the archive.
-        dtypes: The dtypes of the tensors over each of them.
+        storages: The entered storages, by their number in the archive.
+        dtypes: For each storage, the dtypes of the tensors over it.
     """
 
     def __init__(self, cpp: Any) -> None:
@@ -114,10 +116,10 @@ class _WeightlessWriter:
         self.dtypes: list[set[torch.dtype]] = []
 
     def enter(self, tensor: Tensor) -> int:
-        """Return the number of the tensor's storage; -1 if it has no bytes to share."""
+        """Enter the tensor's storage. Return its number, or -1 if the tensor has no storage."""
         if tensor.is_meta:
             raise ValueError(
-                f"a {self._cpp.qualified_name} with a tensor on the meta device has no bytes to share: fill it."
+                f"a {self._cpp.qualified_name} has a tensor on the meta device, which has no bytes. Fill the tensor"
             )
         if tensor.layout is not torch.strided or not torch._C._has_storage(tensor):
             return -1
@@ -130,11 +132,11 @@ class _WeightlessWriter:
         return number
 
     def records(self) -> tuple[dict[str, bytes], int]:
-        """Write the module; return the records of the archive, and the bytes of storages that were not entered.
+        """Write the module. Return the records of the archive, and the bytes of storages that were not entered.
 
-        A class's `__getstate__` makes such storages. They are entered now, with their bytes.
+        A class's `__getstate__` makes such storages. This method adds them to `storages`.
         """
-        self._serializer.serialize(held_in_attribute(self._cpp), 0)
+        self._serializer.serialize(wrap_in_attribute(self._cpp), 0)
         self._serializer.write_files()
         self._writer.write_end_of_file()
         reader = torch._C.PyTorchFileReader(io.BytesIO(self._stream.getbuffer()))
@@ -142,7 +144,7 @@ class _WeightlessWriter:
         private = 0
         while (record := records.pop(f".data/{len(self.storages)}.storage", None)) is not None:
             private += len(record)
-            data = torch.frombuffer(bytearray(record), dtype=torch.uint8) if record else _no_bytes()
+            data = torch.frombuffer(bytearray(record), dtype=torch.uint8) if record else _empty_bytes()
             self.storages.append(data.untyped_storage())
         return records, private
 
@@ -152,8 +154,8 @@ def _enter_attributes(
 ) -> tuple[list[Tensor], dict[int, int]]:
     """Enter the storages of a module's attributes.
 
-    With `keep_objects`, return the attributes' tensors, and for the number of each storage which of them reaches all
-    of it, where one does. Otherwise return neither.
+    With `keep_objects`, return the tensors of the attributes, and a dict from the number of a storage to the number
+    of a tensor that views all of it, where there is one. Otherwise return an empty list and an empty dict.
     """
     tensors: list[Tensor] = []
     whole: dict[int, int] = {}
@@ -164,14 +166,14 @@ def _enter_attributes(
             seen.add(tensor._cdata)
             if tensor.is_contiguous() and tensor.nbytes == writer.storages[number].nbytes():
                 whole.setdefault(number, len(tensors))
-            # The object itself, so that ties with eager code stay; without the attributes that Python put on it.
+            # The same object, so that ties with eager code stay. A view if it has Python attributes or a subclass.
             bare = type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.__dict__
             tensors.append(tensor if bare else view_over(tensor, tensor.untyped_storage(), tensor.storage_offset()))
     return tensors, whole
 
 
 def _add_flagless_objects(records: dict[str, bytes], cpp: Any) -> bool:
-    """Add a second set of objects, without flags, in the first place; False if no flag is set."""
+    """Make the objects without flags number 0, and those with flags number 1. Return False if no flag is set."""
     flagless = clear_flags(records[DATA_RECORD.format(0)], cpp)
     if flagless == records[DATA_RECORD.format(0)]:
         return False
@@ -182,33 +184,33 @@ def _add_flagless_objects(records: dict[str, bytes], cpp: Any) -> bool:
 
 
 def _is_plain(value: object, kind: Any) -> bool:
-    """Tell whether `record_construction` can make an attribute: numbers, strings, lists of them, views of tensors."""
+    """Tell whether `record_construction` can make an attribute: numbers, strings, lists of them, strided tensors."""
     if isinstance(value, Tensor):
-        own = value.layout is torch.strided and torch._C._has_storage(value) and not value.is_nested
-        return own and not (value.is_meta or value.is_quantized or value.is_conj() or value.is_neg())
-    return _is_written(value, kind)
+        has_bytes = value.layout is torch.strided and torch._C._has_storage(value) and not value.is_nested
+        return has_bytes and not (value.is_meta or value.is_quantized or value.is_conj() or value.is_neg())
+    return _is_plain_constant(value, kind)
 
 
-def _is_written(value: object, kind: Any) -> bool:
+def _is_plain_constant(value: object, kind: Any) -> bool:
     if type(value) in (list, tuple):
         kinds = element_types(kind, len(value))  # type: ignore[arg-type]
-        return kinds is not None and all(map(_is_written, value, kinds))  # type: ignore[call-overload]
+        return kinds is not None and all(map(_is_plain_constant, value, kinds))  # type: ignore[call-overload]
     return value is None or type(value) in (bool, int, float, str)
 
 
-def _storages(tensors: Iterable[Tensor]) -> set[int]:
+def _storage_ids(tensors: Iterable[Tensor]) -> set[int]:
     return {tensor.untyped_storage()._cdata for tensor in tensors if torch._C._has_storage(tensor)}
 
 
-def _compacted(cpp: Any) -> Any:
-    """Return the module, or one like it in which storages of which little is reachable are cut down to that."""
+def _compact(cpp: Any) -> Any:
+    """Return the module, or a copy without the unreachable bytes of storages that are mostly unreachable."""
     tensors = list({tensor._cdata: tensor for tensor in parts.tensors_of(cpp)}.values())
     storages, numbers, ranges = reachable_ranges(tensors)
     pieces: dict[int, torch.UntypedStorage] = {}
     for number, (storage, (low, high)) in enumerate(zip(storages, ranges, strict=True)):
         if high - low < storage.nbytes():
             reached = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, low, (high - low,), (1,))
-            pieces[number] = reached.clone().untyped_storage()  # copy: the small part
+            pieces[number] = reached.clone().untyped_storage()  # copy: the reachable part, at most half the storage
     if not pieces:
         return cpp
     others = []
@@ -221,22 +223,23 @@ def _compacted(cpp: Any) -> Any:
 
 
 def _refuse_packed_for_mkldnn(cpp: Any) -> None:
-    """Refuse what `torch.jit.save` writes without its weights, and then cannot read."""
+    """Raise ValueError for weights packed by oneDNN: `torch.jit.save` writes the module without them."""
     for module in parts.modules(cpp):
         for name in module._method_names():
             if module._get_method(name).graph.findNode("prim::ConstantMKLDNNTensor") is not None:
                 raise ValueError(
-                    f"the graph of its {name}() has weights packed for this processor, by "
-                    f"torch.jit.optimize_for_inference, which torch.jit.save loses. Share the module as it was "
-                    f"before that, frozen or not, and optimize it in the worker"
+                    f"the graph of its {name}() has weights packed by torch.jit.optimize_for_inference, and "
+                    f"torch.jit.save loses them. Share the module without this optimization, frozen or not, and call "
+                    f"torch.jit.optimize_for_inference in the worker"
                 )
 
 
-def _no_bytes() -> Tensor:
+def _empty_bytes() -> Tensor:
     return torch.empty(0, dtype=torch.uint8)
 
 
-def held_in_attribute(cpp: Any) -> Any:
+def wrap_in_attribute(cpp: Any) -> Any:
+    """Return a module that holds `cpp` in an attribute; see Note [TorchScript without weights]."""
     holder: Any = torch._C.ScriptModule("Held", torch._C.CompilationUnit(), True)  # type: ignore[call-arg]
     holder._register_attribute("held", torch._C.AnyType.get(), cpp)
     return holder

@@ -1,14 +1,14 @@
-"""Tensors to the model's device and back. Knows torch, neither Ray nor Arrow.
+"""Copies of tensors to the model's device and back. Needs torch only.
 
-On a GPU, and where stages overlap, copies run beside the model: in through one stream, out through another, both
-from and to page-locked memory, without which a copy waits for the host. Events order them:
+On a GPU with overlapping stages, copies run beside the model: in through one stream, out through another. Both use
+page-locked memory, because other copies block the host. Events order them:
 
     before   page-locked -> device, on stream `into` ........ event 1
     model    waits for 1; forward, on its own stream ......... event 2
     after    waits for 2; device -> page-locked, on `out` .... waits until it is there
 
-`record_stream` tells the allocator that a tensor made on one stream is in use on another, so that its memory is not
-given out again before that is done.
+`record_stream` tells the allocator that a tensor made on one stream is used on another, so that its memory is not
+reused too early.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 
+from .._model.gradients import without_gradients
 from .._model.tensors import map_tensors
 
 __all__ = ["Copies"]
 
 
 class Copies:
-    """The ways to a device and back; `cast_to` is what floating inputs become."""
+    """Copies to a device and back. Floating-point inputs are cast to `cast_to`, if it is set."""
 
     def __init__(self, device: torch.device, cast_to: torch.dtype | None, *, streams: bool) -> None:
         self.device = device
@@ -34,7 +35,7 @@ class Copies:
             self._into, self._out = torch.cuda.Stream(device), torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def begin(self, inputs: Any) -> tuple[Any, Any]:
-        """Begin to move inputs to the device; `arrive`, in the model's thread, gives them."""
+        """Start the copy of inputs to the device. `arrive`, in the model's thread, returns the copies."""
         if self._into is None:
             return map_tensors(inputs, self._moved), None
         with torch.cuda.stream(self._into):
@@ -50,7 +51,7 @@ class Copies:
 
         def used(tensor: torch.Tensor) -> torch.Tensor:
             if tensor.device != self.device:
-                tensor = tensor.to(self.device)  # copy: a device has memory of its own
+                tensor = tensor.to(self.device)  # copy: the device has separate memory
             elif _is_dense(tensor):
                 tensor.record_stream(current)
             return self._cast(tensor)
@@ -59,6 +60,7 @@ class Copies:
 
     def leave(self, outputs: Any) -> tuple[Any, Any]:
         """Mark outputs as complete, in the model's thread."""
+        outputs = without_gradients(outputs)
         if self._out is None:
             return map_tensors(outputs, lambda tensor: tensor.cpu()), None  # copy: from a device
         return outputs, torch.cuda.current_stream(self.device).record_event()
@@ -74,25 +76,25 @@ class Copies:
         return outputs
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
-        return self._cast(tensor.to(self.device))  # copy: a device has memory of its own
+        return self._cast(tensor.to(self.device))  # copy: the device has separate memory
 
     def _cast(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.cast_to) if self.cast_to and tensor.is_floating_point() else tensor
 
     def _pinned_to_device(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.device == self.device or not _is_dense(tensor):
-            return tensor  # what no stream can be recorded for moves in `arrive`, on the stream that uses it
+            return tensor  # record_stream does not take it, so `arrive` copies it on the stream that uses it
         if tensor.device.type == "cpu":
             if 0 in tensor.stride():
                 tensor = tensor.contiguous()  # copy: pin_memory refuses an expanded tensor
-            tensor = tensor.pin_memory()  # copy: to memory from which the device copies by itself
+            tensor = tensor.pin_memory()  # copy: the device reads page-locked memory without the host
         return tensor.to(self.device, non_blocking=True)
 
     def _to_pinned(self, tensor: torch.Tensor) -> torch.Tensor:
         if tensor.device != self.device or not _is_dense(tensor):
             return tensor.cpu()
         tensor.record_stream(self._out)
-        host = torch.empty_like(tensor, device="cpu", pin_memory=True)  # with its strides: no kernel need reorder
+        host = torch.empty_like(tensor, device="cpu", pin_memory=True)  # the same strides, so that no kernel reorders
         return host.copy_(tensor, non_blocking=True)
 
 

@@ -1,4 +1,4 @@
-"""What Ray Data gives and takes: batches of any format in, rows out."""
+"""Conversion of Ray Data's batches into Arrow tables, and of what `postprocess` returns into rows."""
 
 from __future__ import annotations
 
@@ -26,30 +26,30 @@ def to_arrow(batch: Any, name: str) -> pa.Table:
     if isinstance(batch, Mapping):
         try:
             if texts := [key for key, value in batch.items() if isinstance(value, (str, bytes))]:
-                raise TypeError(f"{texts[0]!r} is one text, not a column")  # Arrow takes its letters for rows
+                raise TypeError(f"{texts[0]!r} is one text, not a column")  # Arrow would make a row of each letter
             return BlockAccessor.batch_to_arrow_block(dict(batch))
-        except Exception as error:  # Ray's own error for what Arrow refuses is none of Arrow's
+        except Exception as error:  # Ray raises errors of several types where Arrow refuses
             raise TypeError(
-                f"{name} got a mapping that is no batch of columns ({error}). It is for ds.map_batches, which "
-                f"gives many rows at a time, not for ds.map or ds.flat_map."
+                f"{name} got a mapping that is not a batch of columns ({error}). Use it in ds.map_batches, which "
+                f"passes batches of rows, not in ds.map or ds.flat_map, which pass single rows."
             ) from error
     if is_pandas(batch):
         return BlockAccessor.for_block(batch).to_arrow()
     raise TypeError(
-        f"{name} got a batch of type {type(batch).__module__}.{type(batch).__qualname__}, which is none of Ray "
-        f"Data's formats. Use it in ds.map_batches, best with batch_format='pyarrow'."
+        f"{name} got a batch of type {type(batch).__module__}.{type(batch).__qualname__}, which is not a "
+        f"batch format of Ray Data. Use it in ds.map_batches(..., batch_format='pyarrow')."
     )
 
 
 def is_pandas(value: Any) -> bool:
-    """Say whether `value` is a data frame, without importing pandas."""
+    """Return whether `value` is a pandas DataFrame, without importing pandas."""
     return type(value).__name__ == "DataFrame" and type(value).__module__.split(".")[0] == "pandas"
 
 
 def each_to_rows(parts: Iterator[Any], stage: Callable[[], AbstractContextManager[None]], name: str) -> Iterator[Any]:
-    """Yield what a generator yields as rows, each step of it under inference mode and in a `stage`."""
+    """Yield each result of a generator as rows. Each of its steps runs in a `stage`."""
     while True:
-        with stage(), torch.inference_mode():
+        with stage():
             try:
                 part = next(parts)
             except StopIteration:
@@ -59,22 +59,22 @@ def each_to_rows(parts: Iterator[Any], stage: Callable[[], AbstractContextManage
 
 
 def joined(results: list[Any]) -> Any:
-    """Return the rows of several parts of a batch as one, or the parts if their columns differ in type."""
+    """Return the rows of several parts of a batch as one table, or a generator of the parts if their types differ."""
     if all(is_pandas(rows) for rows in results):
         import pandas
 
         return pandas.concat(results, ignore_index=True)
     tables = [pa.Table.from_pandas(rows) if is_pandas(rows) else rows for rows in results]
     try:
-        table = pa.concat_tables(tables, promote_options="default")  # a part may lack a column: nulls
+        table = pa.concat_tables(tables, promote_options="default")  # a column that a part lacks becomes nulls
         names = max(tables, key=lambda part: part.num_columns).column_names
         return table.select(names) if len(names) == table.num_columns else table
     except (pa.ArrowInvalid, pa.ArrowTypeError):
-        return (rows for rows in results)  # a part may be padded less than the next: for Ray Data to join
+        return (rows for rows in results)  # such as parts of different widths, which Ray Data can join
 
 
 def to_rows(rows: Any, name: str) -> Any:
-    """Return what Ray Data accepts, or say what is wrong with what `postprocess` returned."""
+    """Return what `postprocess` returned as a table or a DataFrame; raise if it cannot be a batch of rows."""
     if isinstance(rows, pa.Table) or is_pandas(rows):
         return rows
     if isinstance(rows, pa.RecordBatch):
@@ -87,12 +87,12 @@ def to_rows(rows: Any, name: str) -> Any:
     columns: dict[str, Any] = {}
     for key, value in rows.items():
         if str(key) in columns:
-            raise ValueError(f"{name}.postprocess returned two columns named '{key}'. Give each a name of its own.")
+            raise ValueError(f"{name}.postprocess returned two columns named '{key}'. Give each column another name.")
         columns[str(key)] = _to_column(value, f"{name}.postprocess returned {described(value)} as column '{key}'")
     if len({len(column) for column in columns.values()}) > 1:
         lengths = ", ".join(f"{key} has {len(column)}" for key, column in columns.items())
         raise ValueError(
-            f"{name}.postprocess returned columns of unequal length: {lengths}. Every column needs one entry a row."
+            f"{name}.postprocess returned columns of unequal length: {lengths}. Each column needs one entry a row."
         )
     return pa.table(columns)
 
@@ -106,7 +106,7 @@ def _to_column(values: Any, what: str) -> Any:
         return tensor_to_column(values) if values[0].ndim else tensor_to_column(torch.stack(values))
     sequence = isinstance(values, (list, tuple, range)) or type(values).__name__ in ("Series", "Index")
     if not (sequence or (isinstance(values, np.ndarray) and values.ndim > 0)):
-        raise TypeError(f"{what}. A column is an array, a tensor or a list with one entry a row.")
+        raise TypeError(f"{what}. A column is an array, a tensor or a list with one entry for each row.")
     from ray.data.block import BlockAccessor
 
     column = list(values) if sequence else np.asarray(values)
@@ -114,7 +114,7 @@ def _to_column(values: Any, what: str) -> Any:
 
 
 def described(value: Any) -> str:
-    """Say what a value is, for an error."""
-    nested = isinstance(value, torch.Tensor) and value.is_nested  # torch raises where one of these is asked
+    """Return the type and shape of a value, for an error."""
+    nested = isinstance(value, torch.Tensor) and value.is_nested  # torch raises for the shape of a nested tensor
     shape = f" of shape {tuple(value.shape)}" if not nested and hasattr(value, "shape") else ""
     return f"a {type(value).__module__}.{type(value).__qualname__}{shape}" if value is not None else "None"

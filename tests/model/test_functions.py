@@ -1,0 +1,745 @@
+"""Functions, descriptors and objects of a process in a script's model: what travels, and what is refused."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import textwrap
+import types
+from typing import Any, NamedTuple
+
+import pytest
+import ray
+import torch
+from models import quietly
+
+from ray_zerocopy import ZeroCopyWarning, load_model_in_actor, prepare_model_for_actors
+from ray_zerocopy._model import deep
+from ray_zerocopy._model.compiled import options_of
+
+
+def run_as_script(source: str) -> dict[str, Any]:
+    """Run source as `__main__`, which no worker can import, and return its names."""
+    names: dict[str, Any] = {"__name__": "__main__"}
+    quietly(lambda: exec("import torch\nfrom torch import nn\n" + textwrap.dedent(source), names))
+    return names
+
+
+def evaluate(model_ref: Any, expression: str) -> Any:
+    """Load the model and return the value of an expression about `m`."""
+    return eval(expression, {"m": load_model_in_actor(model_ref), "torch": torch, "options": options_of})
+
+
+def evaluate_in_worker(actor: Any, model: object, expression: str) -> Any:
+    """Share a model, and return the value of an expression about it in a worker."""
+    return ray.get(actor.run.remote(evaluate, prepare_model_for_actors(model), expression))
+
+
+class Travels(NamedTuple):
+    """A script that makes `model`, an expression about it as `m`, and what the expression is in a worker."""
+
+    source: str
+    expression: str
+    expected: Any
+
+
+TRAVELS = {
+    "lru_cache_on_a_method": Travels(
+        """
+        import functools
+        class Model(nn.Linear):
+            @functools.lru_cache(maxsize=7)
+            def mask(self, n): return [n] * n
+        model = Model(2, 2)
+        model.mask(3)
+        """,
+        "(m.mask(2), m.mask(2), tuple(type(m).mask.cache_info()), type(m).mask.__name__)",
+        ([2, 2], [2, 2], (1, 1, 7, 1), "mask"),
+    ),
+    "cache_that_calls_itself": Travels(
+        """
+        import functools
+        @functools.cache
+        def fib(n): return n if n < 2 else fib(n - 1) + fib(n - 2)
+        class Model(nn.Linear):
+            def answer(self): return fib(30)
+        model = Model(2, 2)
+        """,
+        "(m.answer(), m.answer.__func__.__globals__['fib'].cache_info().hits)",
+        (832040, 28),
+    ),
+    "cache_of_a_bound_method": Travels(
+        """
+        import functools
+        class Model(nn.Linear):
+            def __init__(self):
+                super().__init__(2, 2)
+                self.widths = functools.lru_cache(None)(self._widths)
+            def _widths(self, n): return n * self.in_features
+        model = Model()
+        """,
+        "(m.widths(4), m.widths.__wrapped__.__self__ is m, m.widths.cache_parameters()['maxsize'])",
+        (8, True, None),
+    ),
+    "cache_on_static_and_class_methods": Travels(
+        """
+        import functools
+        class Model(nn.Linear):
+            @staticmethod
+            @functools.lru_cache
+            def twice(n): return 2 * n
+            @classmethod
+            @functools.cache
+            def name(cls, n): return cls.__name__ * n
+        model = Model(2, 2)
+        """,
+        "(m.twice(4), m.name(2), type(m).twice.cache_info().currsize)",
+        (8, "ModelModel", 1),
+    ),
+    "cached_properties": Travels(
+        """
+        import functools
+        class Named(functools.cached_property):
+            '''A subclass.'''
+        class Model(nn.Linear):
+            @functools.cached_property
+            def scale(self): return self.weight.detach().abs().sum() * 0 + 3
+            @Named
+            def offset(self): return [1]
+        model = Model(2, 2)
+        """,
+        "(float(m.scale), m.scale is m.scale, m.offset is m.offset, type(vars(type(m))['offset']).__name__)",
+        (3.0, True, True, "Named"),
+    ),
+    "single_dispatch": Travels(
+        """
+        import functools
+        @functools.singledispatch
+        def show(x): return "object"
+        @show.register
+        def _(x: int): return f"int {x}"
+        @show.register(list)
+        def _(x): return [show(item) for item in x]
+        class Own: pass
+        show.register(Own, lambda x: "own")
+        class Model(nn.Linear):
+            def show(self, x): return show(x)
+        show([1, "a"])
+        model = Model(2, 2)
+        model.own = Own()
+        """,
+        "(m.show([1, 'a']), m.show(m.own), m.show.__func__.__globals__['show'].__name__)",
+        (["int 1", "object"], "own", "show"),
+    ),
+    "single_dispatch_method": Travels(
+        """
+        import functools
+        class Model(nn.Linear):
+            @functools.singledispatchmethod
+            def size(self, x): return -1
+            @size.register
+            def _(self, x: str): return len(x) * self.in_features
+            @functools.singledispatchmethod
+            @classmethod
+            def kind(cls, x): return cls.__name__
+            @kind.register
+            @classmethod
+            def _(cls, x: int): return x
+        model = Model(2, 2)
+        """,
+        "(m.size(None), m.size('abc'), m.kind('a'), m.kind(4))",
+        (-1, 6, "Model", 4),
+    ),
+    "partial_methods_and_wraps": Travels(
+        """
+        import functools
+        def logged(function):
+            @functools.wraps(function)
+            def call(*args): return [function.__name__, function(*args)]
+            return call
+        class Model(nn.Linear):
+            def power(self, base, exponent): return base ** exponent
+            square = functools.partialmethod(power, exponent=2)
+            @logged
+            def half(self, x): return x / 2
+        model = Model(2, 2)
+        """,
+        "(m.square(5), m.half(3), type(m).half.__wrapped__(m, 4))",
+        (25, ["half", 1.5], 2.0),
+    ),
+    "context_managers": Travels(
+        """
+        import contextlib
+        class Model(nn.Linear):
+            @contextlib.contextmanager
+            def swapped(self, value):
+                before, self.value = self.value, value
+                try: yield self
+                finally: self.value = before
+        @contextlib.contextmanager
+        def entered(log):
+            log.append("in")
+            yield
+            log.append("out")
+        class Second(Model):
+            def run(self):
+                log = []
+                with entered(log), self.swapped(4): log.append(self.value)
+                return [*log, self.value]
+        model = Second(2, 2)
+        model.value = 1
+        """,
+        "m.run()",
+        ["in", 4, "out", 1],
+    ),
+    "decorators_of_torch": Travels(
+        """
+        class Square(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x):
+                ctx.save_for_backward(x)
+                return x * x
+            @staticmethod
+            def backward(ctx, grad): return 2 * ctx.saved_tensors[0] * grad
+        class Model(nn.Linear):
+            @torch.no_grad()
+            def plain(self): return self.weight.requires_grad_().sum().requires_grad
+            @torch.inference_mode()
+            def infer(self): return self.weight.sum().is_inference()
+            @torch.autocast("cpu", dtype=torch.bfloat16)
+            def cast(self): return str((self.weight @ self.weight).dtype)
+            @torch.compiler.disable
+            def eager(self): return 1
+            def slope(self):
+                x = torch.tensor(3.0, requires_grad=True)
+                return float(torch.autograd.grad(Square.apply(x), x)[0])
+        model = Model(2, 2)
+        """,
+        "(m.plain(), m.infer(), m.cast(), m.eager(), m.slope())",
+        (False, True, "torch.bfloat16", 1, 6.0),
+    ),
+    "locks": Travels(
+        """
+        import threading
+        class Model(nn.Linear):
+            guard = threading.RLock()
+            def __init__(self):
+                super().__init__(2, 2)
+                self.lock, self.same = (lock := threading.Lock()), lock
+                self.ready, self.semaphore = threading.Event(), threading.BoundedSemaphore(2)
+                self.changed = threading.Condition(self.lock)
+        model = Model()
+        model.ready.set()
+        model.lock.acquire()
+        """,
+        "(m.lock is m.same, m.lock.acquire(False), m.changed._lock is m.lock, m.ready.is_set(), "
+        "m.semaphore.acquire() and m.semaphore.acquire() and not m.semaphore.acquire(False), "
+        "type(m).guard.acquire())",
+        (True, True, True, True, True, True),
+    ),
+    "queues_and_pools": Travels(
+        """
+        import concurrent.futures, logging, queue, sys
+        class Model(nn.Linear):
+            def __init__(self):
+                super().__init__(2, 2)
+                self.jobs, self.simple = queue.Queue(3), queue.SimpleQueue()
+                self.pool = concurrent.futures.ThreadPoolExecutor(2, "own")
+                self.handler, self.out = logging.StreamHandler(), sys.stderr
+                self.result = self.pool.submit(int, "4")
+        model = Model()
+        model.jobs.put("first")
+        model.result.result()
+        """,
+        "(m.jobs.get(), m.jobs.maxsize, m.simple.empty(), m.pool.submit(abs, -3).result(), "
+        "m.pool._max_workers, m.handler.level, m.out.writable(), m.result.result())",
+        ("first", 3, True, 3, 2, 0, True, 4),
+    ),
+    "shared_library": Travels(
+        """
+        import ctypes
+        libc = ctypes.CDLL(None)
+        class Model(nn.Linear):
+            def absolute(self, n): return libc.abs(n)
+        model = Model(2, 2)
+        model.libc = libc
+        """,
+        "(m.absolute(-3), m.libc.abs(-4))",
+        (3, 4),
+    ),
+    "weak_references": Travels(
+        """
+        import weakref
+        class Model(nn.Sequential):
+            def parent(self): return self.owner()
+        model = nn.Sequential(Model(nn.Linear(2, 2)), nn.Linear(2, 2))
+        model[0].owner = weakref.ref(model)
+        model[0].names = weakref.WeakValueDictionary(own=model[1], other=model[0][0])
+        model[0].notes = weakref.WeakKeyDictionary({model[1]: "note"})
+        model[0].all = weakref.WeakSet([model, model[1]])
+        model[0].method = weakref.WeakMethod(model.extend)
+        model[0].gone = weakref.ref(nn.Linear(1, 1))
+        """,
+        "(m[0].parent() is m, m[0].names['own'] is m[1], m[0].notes[m[1]], set(m[0].all) == {m, m[1]}, "
+        "m[0].method().__self__ is m, m[0].gone())",
+        (True, True, "note", True, True, None),
+    ),
+    "weak_containers_forget_what_is_not_shared": Travels(
+        """
+        import weakref
+        outside = nn.Linear(1000, 1000)
+        model = nn.Linear(2, 2)
+        model.values = weakref.WeakValueDictionary(outside=outside)
+        model.all = weakref.WeakSet([outside, model])
+        """,
+        "(len(m.values), len(m.all))",
+        (0, 1),
+    ),
+    "names_of_types": Travels(
+        """
+        import typing
+        P, T = typing.ParamSpec("P"), typing.TypeVar("T")
+        Id = typing.NewType("Id", int)
+        def logged(function: typing.Callable[P, T]) -> typing.Callable[P, T]:
+            def call(*args: P.args, **kwargs: P.kwargs) -> T: return function(*args, **kwargs)
+            return call
+        class Box(typing.Generic[T]): pass
+        class Model(nn.Linear):
+            @logged
+            def find(self, number: Id) -> Id: return Id(number)
+            box = Box[Id]
+        model = Model(2, 2)
+        model.kind = Id
+        """,
+        "(m.find(3), m.kind(4), m.kind.__name__, m.kind.__supertype__)",
+        (3, 4, "Id", int),
+    ),
+    "compiled_functions": Travels(
+        """
+        @torch.compile(backend="eager", dynamic=True)
+        def double(x): return x * 2
+        class Model(nn.Linear):
+            @torch.compile(backend="eager", fullgraph=True)
+            def forward(self, x): return double(super().forward(x))
+        model = Model(2, 2)
+        """,
+        "(m(torch.ones(1, 2)).equal(2 * torch.nn.functional.linear(torch.ones(1, 2), m.weight, m.bias)), "
+        "options(type(m).forward), options(type(m).forward._torchdynamo_orig_callable.__globals__['double']))",
+        (
+            True,
+            {"backend": "eager", "fullgraph": True, "dynamic": None},
+            {"backend": "eager", "fullgraph": False, "dynamic": True},
+        ),
+    ),
+    "compiled_bound_methods": Travels(
+        """
+        def backend(graph, inputs): return graph.forward
+        class Model(nn.Linear):
+            def __init__(self):
+                super().__init__(2, 2)
+                self.forward = torch.compile(self.forward, backend=backend)
+                self.run = torch.compile(self._run, mode="reduce-overhead", dynamic=False)
+            def _run(self, x): return x
+        model = Model()
+        """,
+        "(m(torch.ones(1, 2)).shape, options(m.forward)['backend'].__name__, options(m.run), "
+        "m.run._torchdynamo_orig_callable.__self__ is m)",
+        (
+            (1, 2),
+            "backend",
+            {"fullgraph": False, "dynamic": False, "options": {"triton.cudagraphs": True}},
+            True,
+        ),
+    ),
+    "context_variables": Travels(
+        """
+        import contextvars
+        depth = contextvars.ContextVar("depth", default=3)
+        class Model(nn.Linear):
+            def depth(self):
+                token = depth.set(depth.get() + 1)
+                try: return depth.get()
+                finally: depth.reset(token)
+        model = Model(2, 2)
+        """,
+        "(m.depth(), m.depth())",
+        (4, 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TRAVELS)
+def test_travels_to_a_worker(name: str, two_actors: list[Any]) -> None:
+    """A script's model works in a worker as here, with empty caches and fresh locks."""
+    source, expression, expected = TRAVELS[name]
+    model = run_as_script(source)["model"]
+    assert evaluate_in_worker(two_actors[0], model, expression) == expected
+
+
+class Refused(NamedTuple):
+    """A script that makes `model`, the path of the part that cannot travel, the cause, and the remedy."""
+
+    source: str
+    path: str
+    cause: str
+    remedy: str
+
+
+REFUSED = {
+    "open_file": Refused(
+        "import os\nmodel = nn.Linear(2, 2)\nmodel.log = open(os.devnull)\nfiles = [model.log]",
+        r"Linear\.log is a _io\.TextIOWrapper",
+        "open in this process at '/dev/null'",
+        "Keep the path",
+    ),
+    "binary_file_in_an_object": Refused(
+        """
+        import os, types
+        model = nn.Linear(2, 2)
+        model.io = types.SimpleNamespace(f=open(os.devnull, "wb"))
+        files = [model.io.f]
+        """,
+        r"Linear\.io\.f is a _io\.BufferedWriter",
+        "/dev/null",
+        "Keep the path",
+    ),
+    "file_of_a_logging_handler": Refused(
+        """
+        import logging, os
+        model = nn.Linear(2, 2)
+        model.handler = logging.FileHandler(os.devnull)
+        files = [model.handler]
+        """,
+        r"Linear\.handler\.stream is a _io",
+        "/dev/null",
+        "Keep the path",
+    ),
+    "generator": Refused(
+        "def steps():\n    yield 1\nmodel = nn.Linear(2, 2)\nmodel.steps = steps()",
+        r"Linear\.steps is a builtins\.generator",
+        "of steps",
+        "Keep the function that makes the generator",
+    ),
+    "generator_inside_an_iterator": Refused(
+        "model = nn.Linear(2, 2)\nmodel.steps = [(i for i in 'ab')]",
+        r"Linear\.steps\[0\] is a builtins\.generator",
+        "genexpr",
+        "list of its items",
+    ),
+    "thread": Refused(
+        "import threading\nmodel = nn.Linear(2, 2)\nmodel.loop = threading.Thread(target=print)",
+        r"Linear\.loop is a threading\.Thread",
+        "runs in this process",
+        "Start the thread in the worker",
+    ),
+    "process_pool": Refused(
+        "import concurrent.futures as c\nmodel = nn.Linear(2, 2)\nmodel.pool = c.ProcessPoolExecutor(1)",
+        r"Linear\.pool is a concurrent\.futures\.process\.ProcessPoolExecutor",
+        "starts processes",
+        "Create the executor in the worker",
+    ),
+    "child_process": Refused(
+        "import subprocess\nmodel = nn.Linear(2, 2)\nmodel.child = subprocess.Popen(['true'])\nmodel.child.wait()",
+        r"Linear\.child is a subprocess\.Popen",
+        "child of this process",
+        "Start the program in the worker",
+    ),
+    "full_simple_queue": Refused(
+        "import queue\nmodel = nn.Linear(2, 2)\nmodel.jobs = queue.SimpleQueue()\nmodel.jobs.put(1)",
+        r"Linear\.jobs is a _queue\.SimpleQueue",
+        "holds 1 items",
+        r"queue\.Queue",
+    ),
+    "pending_future": Refused(
+        "import concurrent.futures as c\nmodel = nn.Linear(2, 2)\nmodel.answer = c.Future()",
+        r"Linear\.answer is a concurrent\.futures\._base\.Future",
+        "no result yet",
+        r"result\(\)",
+    ),
+    "values_of_a_thread": Refused(
+        "import threading\nmodel = nn.Linear(2, 2)\nmodel.now = threading.local()\nmodel.now.x = 1",
+        r"Linear\.now is a _thread\._local",
+        "threads of this process",
+        "plain attribute",
+    ),
+    "weak_reference_to_the_outside": Refused(
+        "import weakref\nowner = nn.Linear(3, 3)\nmodel = nn.Linear(2, 2)\nmodel.owner = weakref.ref(owner)",
+        r"Linear\.owner is a weakref\.ReferenceType",
+        "nothing would keep it alive",
+        "Hold the object itself",
+    ),
+    "weak_proxy": Refused(
+        "import weakref\nmodel = nn.Sequential(nn.Linear(2, 2))\nvars(model[0])['owner'] = weakref.proxy(model)",
+        r"Sequential\.0\.owner is a weakref\.CallableProxyType",
+        "acts as its referent",
+        r"weakref\.ref",
+    ),
+    "object_that_reduces_to_a_name": Refused(
+        """
+        class Marker:
+            def __reduce__(self): return "MISSING"
+        MISSING = Marker()
+        model = nn.Linear(2, 2)
+        model.default = [MISSING]
+        """,
+        r"Linear\.default\[0\] is a __main__\.Marker",
+        r"as the name __main__\.MISSING",
+        "Define it in a module",
+    ),
+    "name_in_a_function": Refused(
+        """
+        class Marker:
+            def __reduce__(self): return "MISSING"
+        MISSING = Marker()
+        model = nn.Linear(2, 2)
+        model.function = lambda x: x is MISSING
+        """,
+        r"Linear\.function\.<global MISSING> is a __main__\.Marker",
+        r"as the name __main__\.MISSING",
+        "__reduce__",
+    ),
+    "name_in_a_class": Refused(
+        """
+        class Marker:
+            def __reduce__(self): return "MISSING"
+        MISSING = Marker()
+        class Model(nn.Linear):
+            default = MISSING
+        model = nn.Sequential(Model(2, 2))
+        """,
+        r"Sequential\.0\.__class__\.default is a __main__\.Marker",
+        r"as the name __main__\.MISSING",
+        "__reduce__",
+    ),
+    "attribute_with_the_name_of_a_global": Refused(
+        """
+        import select
+        clock = select.poll()
+        class Model(nn.Linear):
+            def forward(self, x): return self.clock
+        model = Model(2, 2)
+        model.held = [select.poll()]
+        """,
+        r"Model\.held\[0\] is a select\.poll",
+        "cannot pickle",
+        r"leave it out in Model\.__getstate__",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_is_refused_at_prepare(name: str, ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has a state of this process is refused with its path, the cause and a remedy."""
+    source, path, cause, remedy = REFUSED[name]
+    names = run_as_script(source)
+    # A script is __main__, where pickle finds its names.
+    for name in names.keys() - {"__name__", "__builtins__", "torch", "nn"}:
+        monkeypatch.setattr(sys.modules["__main__"], name, names[name], raising=False)
+    with pytest.raises(TypeError, match=rf"(?s){path}.*{cause}.*{remedy}"):
+        prepare_model_for_actors(names["model"])
+    for file in names.get("files", ()):
+        file.close()
+
+
+@functools.lru_cache
+def importable_cache(n: int) -> int:
+    """Be found by name."""
+    return n
+
+
+def test_importable_caches_travel_by_name(two_actors: list[Any]) -> None:
+    """A cached function of a module is the worker's own."""
+    model = torch.nn.Linear(2, 2)
+    model.helper = importable_cache
+    expression = "m.helper is __import__('test_functions').importable_cache"
+    assert evaluate_in_worker(two_actors[0], model, expression)
+
+
+def call_compiled(model_ref: Any) -> str:
+    """Return the error of a model whose compiler does not exist."""
+    os.environ["CXX"] = "no_such_compiler"
+    torch._inductor.config.cpp.cxx = ("no_such_compiler",)
+    try:
+        load_model_in_actor(model_ref)(torch.ones(2, 2))
+    except Exception as error:
+        return str(error)
+    return ""
+
+
+def test_an_error_of_a_compiler_names_the_function(two_actors: list[Any]) -> None:
+    """Where a worker has no C++ compiler, the error says which function was to be compiled, and what to do."""
+    model = run_as_script(
+        """
+        class Model(nn.Linear):
+            @torch.compile
+            def forward(self, x): return super().forward(x).sin()
+        model = Model(2, 2)
+        """
+    )["model"]
+    said = ray.get(two_actors[1].run.remote(call_compiled, prepare_model_for_actors(model)))
+    assert "torch.compile of Model.forward failed in this process" in said
+    assert "g++" in said
+
+
+# ---------------------------------------------------------------- depth
+
+
+def nested_modules(depth: int) -> Any:
+    model: Any = torch.nn.Linear(2, 2)
+    for _ in range(depth):
+        model = torch.nn.Sequential(model)
+    return model
+
+
+def nested_lists(depth: int) -> Any:
+    held: Any = torch.nn.Linear(2, 2)
+    for number in range(depth):
+        held = [held] if number % 2 else {"inner": held}
+    return held
+
+
+def nested_objects(depth: int) -> Any:
+    held: Any = torch.nn.Linear(2, 2)
+    for _ in range(depth):
+        outer = types.SimpleNamespace(inner=held)
+        held = outer
+    return held
+
+
+def depth_of(model_ref: Any) -> int:
+    """Load a model, and count how deep it is nested."""
+    return depth_of_object(load_model_in_actor(model_ref))
+
+
+def depth_of_object(held: Any) -> int:
+    depth = 0
+    while not isinstance(held, torch.nn.Linear):
+        held = held.inner if hasattr(held, "inner") else held["inner"] if isinstance(held, dict) else held[0]
+        depth += 1
+    return depth if not held.training else -1
+
+
+@pytest.mark.parametrize("nest", [nested_modules, nested_lists, nested_objects])
+def test_deep_nesting(nest: Any, two_actors: list[Any]) -> None:
+    """Parts nested 400 deep travel, and arrive in eval mode; Python's recursion limit is as before."""
+    limit = sys.getrecursionlimit()
+    ref = prepare_model_for_actors(nest(400))
+    assert sys.getrecursionlimit() == limit
+    assert ray.get(two_actors[0].run.remote(depth_of, ref)) == 400
+
+
+def test_an_error_in_deep_nesting(ray_session: None) -> None:
+    """A part that cannot travel is named, however deep it is; what is too deep is an error with the depth."""
+    model = nested_modules(300)
+    part = model
+    while isinstance(part, torch.nn.Sequential):
+        part = part[0]
+    part.steps = (i for i in "ab")
+    with pytest.raises(TypeError, match=r"cannot be shared: Sequential\.0.*\.steps is a builtins\.generator"):
+        prepare_model_for_actors(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(deep, "DEEPEST", 1000)
+        with pytest.raises(TypeError, match=r"nested 300\d* deep.*ModuleList"):
+            prepare_model_for_actors(nested_lists(3000))
+
+
+# ---------------------------------------------------------------- hooks that fill a global
+
+
+FILLS = {
+    "forum": (
+        """
+        activations = {}
+        def get_activation(name):
+            def hook(model, input, output):
+                activations[name] = output.detach()
+            return hook
+        model = nn.Sequential(nn.Linear(2, 2))
+        model[0].register_forward_hook(get_activation("fc"))
+        """,
+        r"Sequential\.0 has the hook get_activation\.<locals>\.hook.*global 'activations'.*module\.activations = {}",
+    ),
+    "list": (
+        "seen = []\nmodel = nn.Linear(2, 2)\nmodel.register_forward_pre_hook(lambda m, args: seen.append(args))",
+        r"Linear has the hook <lambda>.*global 'seen'",
+    ),
+    "nested_container": (
+        """
+        import functools
+        store = {"layers": {}}
+        def keep(name, module, args, output): store["layers"][name] = output
+        model = nn.Linear(2, 2)
+        model.register_forward_hook(functools.partial(keep, "a"))
+        """,
+        r"hook keep.*global 'store'",
+    ),
+    "assignment": (
+        """
+        last = None
+        def keep(module, args, output):
+            global last
+            last = output
+        model = nn.Linear(2, 2)
+        model.register_forward_hook(keep)
+        """,
+        r"hook keep.*global 'last'",
+    ),
+    "closure_over_a_global": (
+        """
+        store = {}
+        def make(target, name):
+            def hook(module, args, output): target[name] = output
+            return hook
+        model = nn.Linear(2, 2)
+        model.register_forward_hook(make(store, "a"))
+        """,
+        r"hook make\.<locals>\.hook.*global 'store'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILLS)
+def test_a_hook_that_fills_a_global_is_a_warning(name: str, ray_session: None) -> None:
+    """The warning names the module, the hook and the global, and says what works."""
+    source, words = FILLS[name]
+    model = run_as_script(source)["model"]
+    with pytest.warns(ZeroCopyWarning, match=words):
+        prepare_model_for_actors(model)
+
+
+def test_hooks_that_work_are_no_warning(two_actors: list[Any]) -> None:
+    """A hook that stores on the model, or into a global that the model reads, works in a worker without a warning."""
+    model = run_as_script(
+        """
+        CACHE, CONFIG = {}, {"scale": 2}
+        def keep(module, args, output): module.kept["out"] = output * CONFIG["scale"]
+        def count(module, args, output): CACHE["calls"] = CACHE.get("calls", 0) + 1
+        class Model(nn.Linear):
+            def calls(self): return CACHE["calls"]
+        model = Model(2, 2)
+        model.kept = {}
+        model.register_forward_hook(keep)
+        model.register_forward_hook(count)
+        """
+    )["model"]
+    expression = "(m(torch.ones(1, 2)) * 2).equal(m.kept['out']) and m.calls()"
+    assert evaluate_in_worker(two_actors[0], model, expression) == 1
+
+
+FILLED: dict[str, Any] = {}
+
+
+def make_hook(name: str) -> Any:
+    def hook(module: Any, args: Any, output: Any) -> None:
+        FILLED[name] = output
+
+    return hook
+
+
+def test_a_hook_of_a_module_fills_the_module_of_the_worker(two_actors: list[Any]) -> None:
+    """A local function of an importable module stores into the global of that module in the worker."""
+    model = torch.nn.Linear(2, 2)
+    model.register_forward_hook(make_hook("here"))
+    expression = "m(torch.ones(1, 2)).equal(__import__('test_functions').FILLED.pop('here'))"
+    assert evaluate_in_worker(two_actors[0], model, expression)
