@@ -93,10 +93,10 @@ def _address_space(nbytes: int) -> Iterator[Limit]:
 
 def _mappings() -> Iterator[Limit]:
     text = _read("/proc/sys/vm/max_map_count")
-    maps = _read("/proc/self/maps")
-    if text is None or maps is None:
+    used = _count_lines("/proc/self/maps")
+    if text is None or used is None:
         return
-    used, limit = maps.count("\n"), int(text)
+    limit = int(text)
     if used + _MAPPINGS_OF_OTHERS >= limit:
         yield Limit(
             f"this process has {used} of {limit} mappings (vm.max_map_count)",
@@ -132,6 +132,15 @@ def _sizes(path: str) -> dict[str, int]:
     """Return the sizes in a file of /proc that has lines such as `VmSize:   123 kB`, in bytes."""
     lines = (line.split() for line in (_read(path) or "").splitlines())
     return {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if len(words) == 3 and words[2] == "kB"}
+
+
+def _count_lines(path: str) -> int | None:
+    """Count the lines of a file of /proc by small pieces: the process may have no memory for the whole text."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return sum(piece.count(b"\n") for piece in iter(lambda: file.read(4096), b""))
+    except OSError:
+        return None
 
 
 def _read(path: str) -> str | None:

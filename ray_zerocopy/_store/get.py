@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import ray.exceptions
 import torch
 
 from .._device.destination import Contents, destination_for
 from .._model import gc_pause, graph
 from .._model.imports import import_first
 from .._model.layout import Layout, dtype_changes, unpack, unpack_arrays
+from .._pages.limits import raise_if_exhausted, reached_limits
 from .fetch import fetch
 from .host import HostMemory
 from .ref import Header, Loaded, LoadOptions, ModelRef
@@ -22,6 +26,18 @@ __all__ = ["get", "plain_torch_state", "rebuild"]
 
 def get(model_ref: ModelRef, options: LoadOptions) -> Loaded:
     """Rebuild the model behind `model_ref`; see `actor.load_model_in_actor`."""
+    try:
+        return _get(model_ref, options)
+    # Ray makes a RaySystemError of a MemoryError that it meets while it unpickles.
+    except (MemoryError, ray.exceptions.RaySystemError) as error:
+        if any(reached_limits(errno.ENOMEM, model_ref.nbytes)):
+            exhausted = OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+            exhausted.__cause__ = error
+            raise_if_exhausted(exhausted, model_ref.nbytes)
+        raise
+
+
+def _get(model_ref: ModelRef, options: LoadOptions) -> Loaded:
     begin = time.perf_counter()
     bodies, object_ids = fetch(model_ref, options.timeout)
     with plain_torch_state():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import sys
 import textwrap
 import types
@@ -620,13 +621,24 @@ def depth_of_object(held: Any) -> int:
     return depth if not held.training else -1
 
 
+# Python 3.12 has a fixed limit for code in C, such as pickle's: 1,500 calls in its first releases.
+FIXED_LIMIT = sys.version_info >= (3, 12)
+
+
 @pytest.mark.parametrize("nest", [nested_modules, nested_lists, nested_objects])
 def test_deep_nesting(nest: Any, two_actors: list[Any]) -> None:
     """Parts nested 400 deep travel, and arrive in eval mode; Python's recursion limit is as before."""
-    limit = sys.getrecursionlimit()
-    ref = prepare_model_for_actors(nest(400))
+    limit, refused = sys.getrecursionlimit(), ""
+    try:
+        ref = prepare_model_for_actors(nest(400))
+    except TypeError as error:
+        refused = str(error)
     assert sys.getrecursionlimit() == limit
-    assert ray.get(two_actors[0].run.remote(depth_of, ref)) == 400
+    if refused:
+        assert FIXED_LIMIT
+        assert re.search(r"nested 40\d deep, too deep for pickle.*ModuleList", refused)
+    else:
+        assert ray.get(two_actors[0].run.remote(depth_of, ref)) == 400
 
 
 def test_an_error_in_deep_nesting(ray_session: None) -> None:
@@ -636,7 +648,8 @@ def test_an_error_in_deep_nesting(ray_session: None) -> None:
     while isinstance(part, torch.nn.Sequential):
         part = part[0]
     part.steps = (i for i in "ab")
-    with pytest.raises(TypeError, match=r"cannot be shared: Sequential\.0.*\.steps is a builtins\.generator"):
+    named = r"cannot be shared: Sequential\.0.*\.steps is a builtins\.generator"
+    with pytest.raises(TypeError, match=rf"{named}|nested 30\d deep" if FIXED_LIMIT else named):
         prepare_model_for_actors(model)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(deep, "DEEPEST", 1000)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -532,3 +533,69 @@ class Main(nn.Linear):
     traced = quietly(lambda: torch.jit.trace(script["Main"](4, 4), X))
     with pytest.raises(TypeError, match=r"cellops::negate, which __main__ registers.*imports=\['that_module'\]"):
         prepare_model_for_actors(traced)
+
+
+# ---------------------------------------------------------------- operators of a shared library
+
+LIBRARY = """
+#include <cstdint>
+extern "C" {
+int aoti_torch_library_init_def(const char*, const char*, uint32_t, void**);
+int aoti_torch_library_init_impl(const char*, const char*, const char*, uint32_t, void**);
+int aoti_torch_library_def(void*, const char*);
+int aoti_torch_library_impl(void*, const char*, void (*)(uint64_t*, uint64_t, uint64_t));
+int aoti_torch_call_dispatcher(const char*, const char*, uint64_t*);
+}
+static void negate(uint64_t* stack, uint64_t, uint64_t) { aoti_torch_call_dispatcher("aten::neg", "", stack); }
+struct Registration {
+  Registration() {
+    void *definitions, *kernels;
+    aoti_torch_library_init_def("libops", __FILE__, __LINE__, &definitions);
+    aoti_torch_library_def(definitions, "negate(Tensor x) -> Tensor");
+    aoti_torch_library_init_impl("libops", "CompositeExplicitAutograd", __FILE__, __LINE__, &kernels);
+    aoti_torch_library_impl(kernels, "negate", negate);
+  }
+} registration;
+"""
+
+
+class Negates(nn.Linear):
+    def forward(self, x: torch.Tensor) -> Any:
+        return torch.ops.libops.negate(super().forward(x))
+
+
+class HoldsAnOperator(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.last = torch.ops.libops.negate
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.last(super().forward(x))
+
+
+def _prepare_with_library(kept: dict[str, Any], library: str, kind: str, x: torch.Tensor) -> tuple[list[Any], Any]:
+    """Load a shared library, prepare a model that calls its operator, and return the handle and what it computes."""
+    torch.ops.load_library(library)
+    model: Any = HoldsAnOperator() if kind == "attribute" else Negates(4, 4)
+    if kind == "traced":
+        model = quietly(lambda: torch.jit.trace(model, x))
+    elif kind == "exported":
+        model = torch.export.export(model, (x,))
+    ref = kept[kind] = prepare_model_for_actors(model)
+    return [ref], (model.module() if kind == "exported" else model)(x)
+
+
+def test_an_operator_of_a_shared_library(tmp_path: Path, ray_session: None) -> None:
+    """A library of `torch.ops.load_library` is loaded in the worker first; one that is not there is named."""
+    source, library = tmp_path / "negate.cpp", tmp_path / "libnegate.so"
+    source.write_text(LIBRARY)
+    torch_libraries = Path(torch.__file__).parent / "lib"
+    command = ["g++", "-shared", "-fPIC", str(source), "-o", str(library), f"-L{torch_libraries}", "-ltorch_cpu"]
+    subprocess.run([*command, f"-Wl,-rpath,{torch_libraries}"], check=True)
+    prepares, loads, last = (ray.remote(num_cpus=0.1)(Runner).remote() for _ in range(3))
+    for kind in ("eager", "attribute", "traced", "exported"):
+        (ref,), expected = ray.get(prepares.run_kept.remote(_prepare_with_library, str(library), kind, X))
+        assert torch.equal(ray.get(loads.run.remote(compute, ref, X)), expected), kind
+    library.unlink()
+    with pytest.raises(ZeroCopyError, match=r"libnegate\.so is to be imported before.*this worker cannot import it"):
+        ray.get(last.run.remote(compute, ref, X))
