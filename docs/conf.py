@@ -1,5 +1,12 @@
 """Sphinx builds the documentation site: `python -m sphinx -W --keep-going -b html docs docs/_build/html`."""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import list_messages
+
 project = "ray_zerocopy"
 author = "the ray_zerocopy contributors"
 copyright = "the ray_zerocopy contributors, Apache-2.0"
@@ -18,3 +25,8 @@ autodoc_preserve_defaults = True
 napoleon_numpy_docstring = False
 # The docstrings are Google's form in plain text: single backticks are code.
 default_role = "code"
+
+
+def setup(app):
+    """Have the list of all messages written before Sphinx reads the pages."""
+    app.connect("builder-inited", list_messages.write)

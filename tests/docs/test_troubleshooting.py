@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "docs"))
+
+import list_messages  # noqa: E402
+
 RAISED = {"ZeroCopyError", "ModelLostError", "ModelTimeoutError", "warn", "_warn_once"}
 
 
@@ -54,3 +59,24 @@ def test_every_entry_is_a_message() -> None:
     )
     quoted = [part for line in page.splitlines() if line.startswith("`") for part in re.findall("`([^`]+)`", line)]
     assert [part for part in quoted if part not in source] == []
+
+
+def test_the_list_of_all_messages() -> None:
+    """docs/messages.md, which Sphinx has written, has each error and warning, also those that functions compose."""
+    listed = {message.text for message in list_messages.messages()}
+    missing = [f"{where}: {text}" for where, text in messages() if not _is_part(text, listed)]
+    assert not missing, "\n".join(missing)
+    page = list_messages.page()
+    for part in (
+        "`ValueError`: column '…' (…) has … nulls in … rows",
+        "cannot be pickled: its values belong to threads of this process. Set the values in the worker",
+        "`ModelLostError`: … is no longer in the object store: …. Node …, on which it was prepared, died.",
+        "`warning`: the object store of this node is not in memory",
+    ):
+        assert part in page
+
+
+def _is_part(text: str, listed: set[str]) -> bool:
+    """Tell whether all of a message's literal parts, in their order, are in one of the listed texts."""
+    parts = [re.escape(part) for part in text.split("{}") if part]
+    return any(re.search(".*".join(parts), whole) for whole in listed)
