@@ -16,7 +16,6 @@ os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [
         *(str(path) for path in (Path(__file__).parent, *sorted(Path(__file__).parent.glob("*/")))),
-        str(Path(__file__).parents[1]),
         os.environ.get("PYTHONPATH", ""),
     ]
 )

@@ -68,9 +68,9 @@ class Search(NamedTuple):
 def search(tmp_path_factory: pytest.TempPathFactory) -> Search:
     """Run the main job, interrupt it by Ctrl-C after the first 64 passages, and run it again."""
     cache = tmp_path_factory.mktemp("search")
-    command = [*SEARCH, "--limit", str(LIMIT), "--actors", "2", "--seconds", "900", "--cache", str(cache)]
+    command = [*SEARCH, "--limit", str(LIMIT), "--seconds", "900", "--cache", str(cache)]
     with subprocess.Popen(
-        [sys.executable, *command],
+        [sys.executable, *command, "--actors", "1"],
         cwd=ROOT,
         env=os.environ | {"RAY_ADDRESS": "local"},
         stdout=subprocess.PIPE,
@@ -87,7 +87,7 @@ def search(tmp_path_factory: pytest.TempPathFactory) -> Search:
         code = job.wait(120)
     found = re.search(r"interrupted: (\d+) passages were embedded", rest)
     assert found is not None, rest
-    output = run(*command, RAY_ADDRESS="local")
+    output = run(*command, "--actors", "2")
     (folder,) = cache.iterdir()
     return Search(int(found[1]), code, output, folder)
 
