@@ -23,9 +23,10 @@ floors)
 import re
 
 text = open("pyproject.toml").read()
-listed = re.search(r"^dependencies = \[(.*?)\]", text, re.MULTILINE | re.DOTALL)[1]
+listed = re.search(r"^dependencies = \[(.*)\]$", text, re.MULTILINE)[1]
 for name, version in re.findall(r'"([\w-]+)(?:\[\w+\])?>=([\d.]+)"', listed):
     print(f"{name}=={version}.*")
+assert "torch" in listed, listed
 PYTHON
   ;;
 newest)

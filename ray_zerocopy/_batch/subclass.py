@@ -33,7 +33,7 @@ def overridden_methods(cls: type, base: type) -> list[str]:
 
 def check_not_async(options: Any, name: str) -> None:
     """Raise TypeError if `options`, an instance or a class, has an async method."""
-    for method in ("preprocess", "predict", "postprocess", "sort_by", "warmup"):
+    for method in ("preprocess", "predict", "postprocess", "__call__", "sort_by", "warmup"):
         function = getattr(options, method, None)
         partial = getattr(inspect.getattr_static(options, method, None), "func", None)  # of a partialmethod
         for code in (function, partial, vars(type(function)).get("__call__")):

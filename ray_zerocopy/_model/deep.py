@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextvars
 import sys
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-__all__ = ["DEEPEST", "is_too_deep", "run_deep"]
+__all__ = ["DEEPEST", "is_deep_thread", "is_too_deep", "run_deep"]
 
 T = TypeVar("T")
 
@@ -15,11 +16,17 @@ T = TypeVar("T")
 DEEPEST = 100_000
 _STACK_BYTES = 512 << 20
 _lock = threading.Lock()
+_running: threading.Thread | None = None
 
 
 def is_too_deep(error: BaseException) -> bool:
     """Tell whether an error says that the recursion limit was met."""
     return isinstance(error, RecursionError) or isinstance(error.__cause__, RecursionError)
+
+
+def is_deep_thread() -> bool:
+    """Tell whether the calling thread is one that `run_deep` started."""
+    return threading.current_thread() is _running
 
 
 def run_deep(function: Callable[[], T]) -> T:
@@ -28,18 +35,20 @@ def run_deep(function: Callable[[], T]) -> T:
     Raises:
         RuntimeError: The thread cannot be started, for want of memory.
     """
+    global _running
     outcome: list[Any] = []
+    context = contextvars.copy_context()
 
     def run() -> None:
         try:
-            outcome.append((function(), None))
+            outcome.append((context.run(function), None))
         except BaseException as error:
             outcome.append((None, error))
 
     with _lock:
         limit, size = sys.getrecursionlimit(), threading.stack_size(_STACK_BYTES)
         try:
-            thread = threading.Thread(target=run, name="ray_zerocopy-deep", daemon=True)
+            thread = _running = threading.Thread(target=run, name="ray_zerocopy-deep", daemon=True)
             sys.setrecursionlimit(max(limit, DEEPEST))
             thread.start()
             threading.stack_size(size)

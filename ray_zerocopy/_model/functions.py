@@ -6,7 +6,9 @@ which travel by value. A cache arrives empty.
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import inspect
 import sys
 import threading
 import types
@@ -15,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from .compiled import is_compiled, reduce_compiled
-from .kinds import Walk, reduces
+from .kinds import Refusal, Walk, reduces
 from .modules import new_object
 from .names import is_found_by_name, travels_by_name
 
@@ -54,6 +56,17 @@ def _set_cached_property(cached: Any, attributes: dict[str, Any]) -> None:
     cached.__dict__.update(attributes)
     if hasattr(functools.cached_property(len), "lock"):
         cached.lock = threading.RLock()
+
+
+# ---------------------------------------------------------------- context managers
+
+
+@reduces(contextlib._GeneratorContextManager)
+def _reduce_context_manager(manager: Any, walk: Walk) -> Any:
+    """Reduce what `contextlib.contextmanager` returns, as where it decorates a method."""
+    if inspect.getgeneratorstate(manager.gen) != inspect.GEN_CREATED:
+        raise Refusal("it was entered", "Keep the function that makes it, and call the function in each `with`.")
+    return type(manager), (manager.func, manager.args, manager.kwds)
 
 
 # ---------------------------------------------------------------- dispatch on a type

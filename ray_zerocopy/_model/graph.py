@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..errors import ZeroCopyError
 from .deep import is_too_deep, run_deep
 from .gc_pause import pause_gc_to_import
 from .hooks import warn_of_filled_globals
@@ -212,6 +213,10 @@ def put_together(
         obj = unpickler.load()
     except ModuleNotFoundError as error:
         raise missing_name_error(name, error.name or "?", "", error) from error
+    except (ZeroCopyError, MemoryError):
+        raise
+    except Exception as error:
+        raise _rebuild_error(name, error) from error
     roots, single, flagged, opaque, rnns = unpickler.load()
     if wait is not None:
         wait()  # eval() below may run a class's own train()
@@ -227,6 +232,16 @@ def put_together(
     if rnns:
         flatten_rnns(rnns, tensors)
     return obj, unpickler.import_seconds
+
+
+def _rebuild_error(name: str, error: Exception) -> ZeroCopyError:
+    """Return the error for code of the model's classes that failed while the model was unpickled."""
+    return ZeroCopyError(
+        f"{name} cannot be rebuilt in this process ({type(error).__name__}: {error}). The code of one of its classes "
+        f"failed; the traceback above shows which. Classes of a script are made again in the worker before their "
+        f"attributes are set: define such a class in a module that workers can import. A class whose objects need "
+        f"arguments needs a __reduce__ that gives them."
+    )
 
 
 def _set_eval(roots: Iterable[Any], single: Iterable[Any]) -> None:

@@ -53,10 +53,18 @@ def check_imports(imports: Iterable[Any]) -> list[Import]:
             if not os.path.isfile(name):
                 raise ValueError(f"imports has {name!r}, and there is no such file.")
             name = os.path.abspath(name)
-        elif name not in sys.modules and importlib.util.find_spec(name.partition(".")[0]) is None:
+        elif name not in sys.modules and not _can_be_found(name):
             raise ValueError(f"imports has {name!r}, and this process cannot import it either.")
         found.append(Import(name))
     return found
+
+
+def _can_be_found(name: str) -> bool:
+    """Tell whether a module can be imported. Imports the packages above it."""
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ImportError:
+        return False
 
 
 def is_library(name: str) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.nn.utils import parametrize
 
-from .kinds import Walk, reduces
+from .kinds import Refusal, Walk, reduces
 from .objects import default_state, has_default_reduce, set_default_state
 from .operators import (
     note_graph_operators,
@@ -190,7 +190,13 @@ def reduce_graph_module(module: Any, pickle_error: Callable[[object], Exception 
     """
     nodes = _describe_nodes(module.graph)
     if nodes is None or pickle_error(nodes):
-        return _rebuild_from_code, module.__reduce__()[1]
+        body, imports = module.__reduce__()[1]
+        if "__main__" in imports:
+            raise Refusal(
+                "its code imports names of __main__, which no worker can import",
+                "Move the functions that it calls to a module that workers can import.",
+            )
+        return _rebuild_from_code, (body, imports)
     state = {name: value for name, value in module.__dict__.items() if name not in _GRAPH_ATTRIBUTES}
     return _rebuild_from_nodes, (type(module).__name__, state, nodes)
 

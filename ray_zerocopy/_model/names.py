@@ -35,8 +35,11 @@ def is_found_by_name(obj: Any) -> bool:
     module = sys.modules.get(getattr(obj, "__module__", None) or "")
     if module is None or not _travels_by_name(module):
         return False
+    name = getattr(obj, "__qualname__", None)  # what functools.lru_cache makes of a partial has none
+    if not isinstance(name, str):
+        return False
     found: Any = module
-    for part in obj.__qualname__.split("."):
+    for part in name.split("."):
         found = getattr(found, part, None)
     return found is obj
 

@@ -11,6 +11,7 @@ need some. `reduce_ordered_dict` makes the object without calling the class.
 from __future__ import annotations
 
 import copyreg
+import inspect
 import sys
 import types
 from collections import OrderedDict
@@ -22,6 +23,7 @@ import torch
 __all__ = [
     "default_state",
     "has_default_reduce",
+    "lacks_arguments",
     "needs_arguments",
     "new_instance",
     "reduce_ordered_dict",
@@ -34,6 +36,30 @@ __all__ = [
 def has_default_reduce(kind: Any) -> bool:
     """Tell whether a class inherits `__reduce__` and `__reduce_ex__` from `object`."""
     return kind.__reduce_ex__ is object.__reduce_ex__ and kind.__reduce__ is object.__reduce__
+
+
+def lacks_arguments(obj: Any) -> str:
+    """Return why unpickling could not make an object of its class again; empty if it can.
+
+    Pickle calls `__new__` of a class with what `__getnewargs__` gives, or without arguments, and an exception with
+    its `args`.
+    """
+    kind: Any = type(obj)
+    if issubclass(kind, type):
+        return ""
+    of_exception = isinstance(obj, BaseException) and kind.__reduce__ is BaseException.__reduce__
+    try:
+        if isinstance(kind.__new__, types.FunctionType) and has_default_reduce(kind):
+            if not hasattr(kind, "__getnewargs_ex__"):
+                arguments = obj.__getnewargs__() if hasattr(kind, "__getnewargs__") else ()
+                inspect.signature(kind.__new__).bind(kind, *arguments)
+        elif of_exception and isinstance(kind.__init__, types.FunctionType):
+            inspect.signature(kind.__init__).bind(obj, *obj.args)
+    except TypeError as error:
+        return str(error)
+    except Exception:  # code of the class; pickling says what is wrong
+        return ""
+    return ""
 
 
 def reducer_for_object(kind: type) -> Callable[[Any, Any], Any] | None:

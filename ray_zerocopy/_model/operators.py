@@ -6,8 +6,11 @@ both, which a worker imports before it rebuilds the model (`imports.py`).
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dis
 import functools
+import inspect
 import mmap
 import os
 import re
@@ -216,24 +219,101 @@ def operators_in_code(code: types.CodeType, names: dict[str, Any]) -> Iterator[s
             yield from operators_in_code(constant, names)
 
 
-def note_code_operators(walk: Walk, functions: Iterable[Any]) -> None:
-    """Note the operators that functions call by name. Whether they do so in each call is not known."""
+def operators_in_words(words: set[str]) -> Iterator[str]:
+    """Yield the operators whose namespace and name are both among the names and texts of some code.
+
+    The code may call them in any form: by another name of torch, by `getattr`, through a variable.
+    """
+    for namespace in _foreign_namespaces() & words:
+        known = (name.partition(".")[0] for name in _all_operators() if name.startswith(f"{namespace}::"))
+        yield from dict.fromkeys(name for name in known if name.partition("::")[2] in words)
+    yield from (word for word in words if "::" in word and word.partition("::")[0] in _foreign_namespaces())
+
+
+def _words_of(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for constant in code.co_consts:
+        if isinstance(constant, str):
+            yield constant
+        elif isinstance(constant, types.CodeType):
+            yield from _words_of(constant)
+
+
+def note_code_operators(walk: Walk, functions: Iterable[types.FunctionType], *, of_script: bool = False) -> None:
+    """Note the operators that functions call by name. Whether they do so in each call is not known.
+
+    Raises:
+        Refusal: With `of_script`, a function calls an operator that the script registers for itself only.
+    """
     for function in functions:
-        function = getattr(function, "__func__", function)
-        if isinstance(function, types.FunctionType):
-            for operator in operators_in_code(function.__code__, function.__globals__):
-                if has_operator(operator):
-                    use_operator(walk, operator, required=False)
+        called = {name for name in operators_in_code(function.__code__, function.__globals__) if has_operator(name)}
+        for operator in dict.fromkeys((*called, *operators_in_words(set(_words_of(function.__code__))))):
+            if has_operator(operator):
+                only_here = of_script and operator in called and _registered_by(operator) == "__main__"
+                use_operator(walk, operator, required=only_here and _definition_of(operator) is None)
 
 
 def note_class_operators(walk: Walk, kinds: Iterable[type]) -> None:
-    """Note the operators that the methods of classes, and the functions of their modules, call by name."""
-    bases = {base for kind in kinds for base in kind.__mro__ if base.__module__.partition(".")[0] != "torch"}
-    modules = {base.__module__ for base in bases}
-    note_code_operators(walk, [function for base in bases for function in base.__dict__.values()])
-    for name in modules:
-        names = vars(sys.modules.get(name, types)) if name != "__main__" else {}
-        note_code_operators(walk, [value for value in names.values() if getattr(value, "__module__", "") == name])
+    """Note the operators that the methods of classes call by name, and those of the modules that the methods use.
+
+    Not those of large libraries, which import what they need themselves.
+    """
+    bases = {base for kind in kinds for base in kind.__mro__ if not _imports_itself(base.__module__, _TORCH)}
+    functions = [function for base in bases for held in vars(base).values() for function in _functions_in(held)]
+    pending, seen = {base.__module__ for base in bases}, {"__main__"}
+    note_code_operators(walk, functions)
+    for function in functions:
+        pending |= set(_modules_used_by(function))
+    while pending - seen:
+        name = (pending - seen).pop()
+        seen.add(name)
+        held_here = vars(sys.modules.get(name, types)).values()
+        own = [held for held in held_here if getattr(held, "__module__", "") == name]
+        functions = [function for held in own for function in _functions_in(held)]
+        functions += [
+            f for held in own if isinstance(held, type) for value in vars(held).values() for f in _functions_in(value)
+        ]
+        note_code_operators(walk, functions)
+        for function in functions:
+            pending |= set(_modules_used_by(function))
+
+
+_TORCH = frozenset({"torch", "builtins"})
+_LARGE = frozenset(
+    {"transformers", "diffusers", "numpy", "pandas", "pyarrow", "ray", "scipy", "sklearn", "ray_zerocopy"}
+)
+
+
+def _imports_itself(module: str | None, packages: frozenset[str]) -> bool:
+    top = (module or "").partition(".")[0]
+    return top in packages or top in sys.stdlib_module_names
+
+
+def _modules_used_by(function: types.FunctionType) -> Iterator[str]:
+    """Yield the modules of the globals that a function's code names."""
+    for name in function.__code__.co_names:
+        value = function.__globals__.get(name)
+        module = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
+        if isinstance(module, str) and not _imports_itself(module, _TORCH | _LARGE):
+            yield module
+
+
+def _functions_in(held: Any) -> Iterator[types.FunctionType]:
+    """Yield the functions of an attribute of a class: itself, of a descriptor, and those that decorators wrap."""
+    pending, seen = [held], set()
+    while pending:
+        value = pending.pop()
+        if id(value) in seen or isinstance(value, type):
+            continue
+        seen.add(id(value))
+        if isinstance(value, types.FunctionType):
+            yield value
+            for cell in value.__closure__ or ():
+                with contextlib.suppress(ValueError):  # an empty cell
+                    pending.append(cell.cell_contents)
+        if callable(value) or isinstance(value, (property, functools.cached_property, functools.partialmethod)):
+            for name in ("__func__", "__wrapped__", "func", "fget", "fset"):
+                pending.append(inspect.getattr_static(value, name, None))
 
 
 def has_foreign_operators() -> bool:
@@ -369,8 +449,10 @@ def pytree_registrations(specs: Iterable[Any]) -> list[tuple[Any, ...]]:
     while pending:
         spec = pending.pop()
         pending += spec.children()
-        if isinstance(spec.type, type) and spec.type not in _pytree.BUILTIN_TYPES:
-            kinds[spec.type] = None
+        # A namedtuple has the type `namedtuple`, and its class as context.
+        kind = spec.context if spec.type is collections.namedtuple else spec.type
+        if isinstance(kind, type) and kind not in _pytree.BUILTIN_TYPES:
+            kinds[kind] = None
     return [
         (*_pytree.SUPPORTED_NODES[kind], *_pytree.SUPPORTED_SERIALIZED_TYPES[kind][1:])
         for kind in kinds
@@ -381,7 +463,11 @@ def pytree_registrations(specs: Iterable[Any]) -> list[tuple[Any, ...]]:
 def register_pytree_types(nodes: Iterable[tuple[Any, ...]]) -> None:
     """Register pytree nodes that this process does not have."""
     for kind, flatten, unflatten, flatten_with_keys, serialized_name, to_dumpable, from_dumpable in nodes:
-        if kind not in _pytree.SUPPORTED_NODES:
+        if kind in _pytree.SUPPORTED_NODES:
+            continue
+        if issubclass(kind, tuple) and hasattr(kind, "_fields"):
+            _pytree._register_namedtuple(kind, serialized_type_name=serialized_name)
+        else:
             _pytree.register_pytree_node(
                 kind,
                 flatten,

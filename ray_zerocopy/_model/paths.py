@@ -21,7 +21,16 @@ from .kinds import Refusal, has_default_reduce
 from .script import parts
 from .training_wrappers import RefusedPart
 
-__all__ = ["attributes_of", "children", "follow", "global_names", "too_deep_error", "unpicklable_error", "walk"]
+__all__ = [
+    "attributes_of",
+    "children",
+    "follow",
+    "global_names",
+    "pickled_children",
+    "too_deep_error",
+    "unpicklable_error",
+    "walk",
+]
 
 
 def children(obj: object) -> Iterator[tuple[str, Any]]:
@@ -96,10 +105,16 @@ def _unmangle(kind: type, name: str) -> str:
 _LEAVES = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size)
 
 
-def walk(obj: object, path: str = "", stop_at: tuple[type, ...] = ()) -> Iterator[tuple[str, Any]]:
+def walk(
+    obj: object,
+    path: str = "",
+    stop_at: tuple[type, ...] = (),
+    children_of: Callable[[object], Iterator[tuple[str, Any]]] = children,
+) -> Iterator[tuple[str, Any]]:
     """Yield `obj` and every object reachable from it once, each after its path. Never runs a property.
 
-    Yields instances of the types in `stop_at`, but not the objects that they hold.
+    Yields instances of the types in `stop_at`, but not the objects that they hold. `children_of` yields the objects
+    that one holds.
     """
     seen: set[int] = set()
     alive: list[object] = []
@@ -113,7 +128,7 @@ def walk(obj: object, path: str = "", stop_at: tuple[type, ...] = ()) -> Iterato
         yield path, current
         if isinstance(current, stop_at):
             continue
-        pending.extend(reversed([(path + step, child) for step, child in children(current)]))
+        pending.extend(reversed([(path + step, child) for step, child in children_of(current)]))
 
 
 def follow(obj: object, path: str) -> Any:
@@ -163,14 +178,29 @@ def unpicklable_error(obj: object, pickle_error: Callable[[object], Exception | 
     if len(where) > 300:
         where = f"{where[:100]} ... {where[-150:]}"
     fact = f"{type(obj).__qualname__} cannot be shared: {where} is a {kind}"
-    holder = next((type(part) for part in reversed(parts_on_the_way) if _is_of_user_class(part)), None)
-    leave_out = f", or leave it out in {holder.__qualname__}.__getstate__" if holder is not None else ""
     if isinstance(reason, Refusal):
         return TypeError(f"{fact}, which cannot be pickled: {reason}. {reason.remedy}")
     return TypeError(
-        f"{fact}, which cannot be pickled ({type(reason).__name__}: {reason}). Remove it before sharing and create "
-        f"it again in the worker{leave_out}."
+        f"{fact}, which cannot be pickled ({type(reason).__name__}: {reason}). {_remedy(parts_on_the_way)}"
     )
+
+
+def _remedy(way: list[object]) -> str:
+    """Say what to do about the last of the objects on the way from the root to a part that does not pickle."""
+    code = [number for number, part in enumerate(way[:-1]) if isinstance(part, (type, types.FunctionType))]
+    holders = [part for part in way[code[-1] + 1 if code else 0 :] if _is_of_user_class(part)]
+    if holders:
+        return (
+            f"Remove it before sharing and create it again in the worker, or leave it out in "
+            f"{type(holders[-1]).__qualname__}.__getstate__."
+        )
+    if code:  # a global or an attribute of a class, which the code of the model brings along
+        name = getattr(way[code[-1]], "__qualname__", "")
+        return (
+            f"{name} travels by value and brings it along. Move {name} to a module that workers can import, or "
+            f"create the object in the worker, on first use."
+        )
+    return "Remove it before sharing and create it again in the worker."
 
 
 def too_deep_error(obj: object) -> TypeError:
@@ -192,10 +222,13 @@ def too_deep_error(obj: object) -> TypeError:
 
 def _is_of_user_class(part: object) -> bool:
     """Tell whether a user may add methods to the class of `part`: it is of no standard library and not torch's."""
+    if not type(part).__flags__ & _HEAP_TYPE:
+        return False
     top = type(part).__module__.partition(".")[0]
     return (top not in sys.stdlib_module_names and top != "torch") or top == "__main__"
 
 
+_HEAP_TYPE = 1 << 9  # a class that Python code made, Py_TPFLAGS_HEAPTYPE
 # Every object has a __getstate__ from Python 3.11 on.
 _DEFAULT_GETSTATE = getattr(object, "__getstate__", None)
 _MODULE_GETSTATE = getattr(torch.nn.Module, "__getstate__", None)
@@ -206,19 +239,14 @@ def _pickled_parts(obj: object) -> Iterator[tuple[str, Any]]:
 
     These are the values of a dict that `__getstate__` returns; otherwise the children, and the class or globals.
     """
-    kind: Any = type(obj)
     if isinstance(obj, torch.jit.ScriptModule):
         for path, attributes in parts.python_state(obj).items():
             yield from ((f".{path}.{name}" if path else f".{name}", value) for name, value in attributes.items())
         return
-    getstate = getattr(kind, "__getstate__", None)
-    if has_default_reduce(kind) and getstate not in (None, _DEFAULT_GETSTATE, _MODULE_GETSTATE):
-        state: Any = None
-        with contextlib.suppress(Exception):  # then `obj` is the culprit
-            state = getstate(obj)
-        if isinstance(state, dict):
-            yield from _named_attributes(obj, state)
-            return
+    state = _chosen_state(obj)
+    if state is not None:
+        yield from _named_attributes(obj, state)
+        return
     yield from children(obj)
     if isinstance(obj, types.FunctionType):
         used = (name for name in global_names(obj.__code__) if name in obj.__globals__)
@@ -226,7 +254,25 @@ def _pickled_parts(obj: object) -> Iterator[tuple[str, Any]]:
     elif isinstance(obj, type):
         yield from _named_attributes(obj, dict(obj.__dict__))
     else:
-        yield ".__class__", kind
+        yield ".__class__", type(obj)
+
+
+def pickled_children(obj: object) -> Iterator[tuple[str, Any]]:
+    """Yield as `children` does, but of an object whose class has a `__getstate__` only what that returns."""
+    state = _chosen_state(obj)
+    yield from children(obj) if state is None else _named_attributes(obj, state)
+
+
+def _chosen_state(obj: object) -> dict[str, Any] | None:
+    """Return the dict that the `__getstate__` of an object's class returns; None if there is none."""
+    kind: Any = type(obj)
+    getstate = getattr(kind, "__getstate__", None)
+    if not has_default_reduce(kind) or getstate in (None, _DEFAULT_GETSTATE, _MODULE_GETSTATE):
+        return None
+    state: Any = None
+    with contextlib.suppress(Exception):  # then pickling `obj` raises it
+        state = getstate(obj)
+    return state if isinstance(state, dict) else None
 
 
 def global_names(code: types.CodeType) -> list[str]:

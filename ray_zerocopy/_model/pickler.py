@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copyreg
 import enum
 import functools
 import io
@@ -16,11 +17,13 @@ import torch
 from ray.cloudpickle import CloudPickler
 
 from . import aoti, functions, operators, resources  # noqa: F401  # they register their kinds
+from .classes import complete_class
 from .hooks import filled_names
 from .imports import Import
 from .kinds import Reduce, Refusal, belongs_to_process, has_default_reduce, reducer_for
 from .names import ByValueModules, is_found_by_name, is_importable_global, pickled_names
-from .paths import walk
+from .objects import lacks_arguments
+from .paths import pickled_children, walk
 from .script.archive import KeepFlags
 from .script.identity import RestartPickle, Scripts
 from .tensors import is_plain
@@ -67,8 +70,9 @@ class Options:
         return found or id(part) in self._reachable
 
     @functools.cached_property
-    def _reachable(self) -> set[int]:
-        return {id(part) for _, part in walk(self._root)}
+    def _reachable(self) -> dict[int, Any]:
+        # With the parts, so that no id is used again: a state that `__getstate__` returns may be new objects.
+        return {id(part): part for _, part in walk(self._root, children_of=pickled_children)}
 
 
 class Pickler(CloudPickler):  # type: ignore[misc]
@@ -110,6 +114,7 @@ class Pickler(CloudPickler):  # type: ignore[misc]
         self.user_imports = options.user_imports
         self.functions: list[types.FunctionType] = []  # those that travel by value
         self._reads_code = options.reads_code
+        self._types: set[type] = set()
         self._module_level = options.module_level
         self._strict = strict
         self._numbers: dict[int, int] = {}
@@ -129,7 +134,7 @@ class Pickler(CloudPickler):  # type: ignore[misc]
     def note_operators(self) -> None:
         """Note the operators that the code of the modules' classes calls."""
         if self._reads_code:
-            operators.note_class_operators(self, {type(module) for module in self.modules})
+            operators.note_class_operators(self, {type(module) for module in self.modules} | self._types)
 
     def check_names(self) -> None:
         """Raise Refusal if the pickle refers to something in this process by a name that no worker finds."""
@@ -177,6 +182,7 @@ class Pickler(CloudPickler):  # type: ignore[misc]
     def _id_of_new_type(self, obj: Any) -> Any:
         """Choose the function for a type that is seen for the first time, and call it."""
         kind = type(obj)
+        self._types.add(kind)
         if kind in weakref.ProxyTypes:
             # isinstance() and `__class__` of a proxy answer for its referent, which would be pickled instead.
             raise Refusal(
@@ -219,7 +225,7 @@ class Pickler(CloudPickler):  # type: ignore[misc]
         reduced = super()._dynamic_function_reduce(function)
         self.functions.append(function)
         if self._reads_code:
-            operators.note_code_operators(self, [function])
+            operators.note_code_operators(self, [function], of_script=function.__module__ == "__main__")
         module = function.__module__
         for name, value in reduced[2][1]["__globals__"].items():
             if id(value) not in self._module_level and is_importable_global(module, name, value):
@@ -248,6 +254,14 @@ class Pickler(CloudPickler):  # type: ignore[misc]
             return NotImplemented if obj or obj.__dict__ else (collections.OrderedDict, ())
         if kind not in self._reducers:
             self._reducers[kind] = reducer_for(kind)
+            own = self._reducers[kind] is not None and not isinstance(obj, torch.nn.Module)
+            if not own and kind not in copyreg.dispatch_table and (missing := lacks_arguments(obj)):
+                refusal = Refusal(
+                    f"its class could not make it again in the worker ({missing})",
+                    "Give the class a __reduce__, or a __getnewargs__ that returns the arguments.",
+                )
+                refusal.part = obj
+                raise refusal
         reduce = self._reducers[kind]
         if reduce is not None:
             try:
@@ -267,7 +281,13 @@ class Pickler(CloudPickler):  # type: ignore[misc]
             kind in self.dispatch_table or not has_default_reduce(kind)
         ):
             self.runs_constructors = True
-        return super().reducer_override(obj)
+        if isinstance(obj, types.FunctionType) and not issubclass(kind, types.FunctionType):
+            raise Refusal(  # cloudpickle would send the function in it alone
+                "it stands for a function and is none",
+                "Write the decorator with functools.wraps, or move its use to a module that workers can import.",
+            )
+        reduced = super().reducer_override(obj)
+        return complete_class(obj, reduced) if isinstance(obj, type) and type(reduced) is tuple else reduced
 
     def _add_tensor(self, key: object, tensor: Tensor) -> int:
         number = self._numbers.get(id(key))

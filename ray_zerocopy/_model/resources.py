@@ -14,12 +14,13 @@ import io
 import queue
 import subprocess
 import sys
+import tempfile
 import threading
 import types
 import weakref
 from typing import Any
 
-from . import kinds
+from . import deep, kinds
 from .kinds import Refusal, Walk
 from .modules import new_object
 
@@ -45,6 +46,16 @@ def _reduce_condition(condition: Any, walk: Walk) -> Any:
     return new_object, (type(condition),), {**condition.__dict__, "_waiters": collections.deque()}
 
 
+@reduces(threading.Semaphore)
+def _reduce_semaphore(semaphore: Any, walk: Walk) -> Any:
+    state = dict(semaphore.__dict__)
+    if "_initial_value" in state:  # of a BoundedSemaphore: no thread of the worker holds it
+        state["_value"] = state["_initial_value"]
+    elif not state.get("_value", 1):
+        raise Refusal("it is taken", "Release it before sharing, or create it in the worker, on first use.")
+    return new_object, (type(semaphore),), state
+
+
 @reduces(queue.SimpleQueue)
 def _reduce_simple_queue(items: Any, walk: Walk) -> Any:
     if items.empty():
@@ -57,7 +68,8 @@ def _reduce_simple_queue(items: Any, walk: Walk) -> Any:
 
 @reduces(threading.local)
 def _reduce_thread_local(local: Any, walk: Walk) -> Any:
-    if type(local) is threading.local and not local.__dict__:
+    # Pickling very deep objects runs in a thread of its own, which does not see the values of the caller's thread.
+    if type(local) is threading.local and not local.__dict__ and not deep.is_deep_thread():
         return threading.local, ()
     raise Refusal(
         "its values belong to threads of this process",
@@ -70,9 +82,18 @@ def _reduce_thread_local(local: Any, walk: Walk) -> Any:
 
 @reduces(contextvars.ContextVar)
 def _reduce_context_variable(variable: contextvars.ContextVar[Any], walk: Walk) -> Any:
+    missing = object()
+    value = contextvars.copy_context().get(variable, missing)
     try:
         default = contextvars.Context().run(variable.get)
     except LookupError:
+        default = missing
+    if value is not missing and value is not default:
+        raise Refusal(
+            "its value belongs to a context of this process",
+            "Set the value in the worker, where it is read, or give the variable a default.",
+        )
+    if default is missing:
         return contextvars.ContextVar, (variable.name,)
     return _rebuild_context_variable, (variable.name, default)
 
@@ -143,11 +164,32 @@ def _refuse(obj: Any, why: str, remedy: str) -> Any:
 @reduces(ctypes.CDLL)
 def _reduce_library(library: Any, walk: Walk) -> Any:
     if type(library) in (ctypes.CDLL, ctypes.PyDLL):
-        return type(library), (library._name,)
+        functions = {name: f for name, f in vars(library).items() if isinstance(f, ctypes._CFuncPtr)}  # type: ignore[attr-defined]
+        signatures = [(name, f.argtypes, f.restype, f.errcheck) for name, f in functions.items()]
+        return type(library), (library._name,), signatures, None, None, _set_signatures
     return _refuse(library, "it is loaded in this process", "Load the library in the worker, on first use.")
 
 
+def _set_signatures(library: Any, signatures: list[tuple[Any, ...]]) -> None:
+    for name, argtypes, restype, errcheck in signatures:
+        function = getattr(library, name)
+        if argtypes is not None:
+            function.argtypes = argtypes
+        function.restype = restype
+        if errcheck is not None:
+            function.errcheck = errcheck
+
+
 # ---------------------------------------------------------------- files and generators
+
+
+@reduces(tempfile.TemporaryDirectory)
+def _refuse_temporary_directory(directory: Any, walk: Walk) -> Any:
+    return _refuse(
+        directory,
+        f"this process deletes its folder {directory.name!r} when it ends",
+        "Create the directory in the worker, on first use.",
+    )
 
 
 def _reduce_file(file: Any, walk: Walk) -> Any:
@@ -185,6 +227,12 @@ def _reduce_weak_reference(reference: Any, walk: Walk) -> Any:
     kind, referent = type(reference), reference()
     if referent is None:
         return _dead_reference, ()
+    if kind not in (weakref.ref, weakref.WeakMethod, weakref.KeyedRef) and (
+        getattr(reference, "__dict__", None)
+        or "__slots__" in vars(kind)
+        or {"__new__", "__init__"} & vars(kind).keys()
+    ):
+        raise Refusal("it is of a subclass of weakref.ref with a state of its own", "Hold a weakref.ref.")
     _check_held(referent.__self__ if isinstance(reference, weakref.WeakMethod) else referent, walk)
     if kind is weakref.ref and reference.__callback__ is not None:
         return kind, (referent, reference.__callback__)
@@ -209,23 +257,51 @@ def _dead_reference() -> weakref.ref[Any]:
     return weakref.ref(_Gone())
 
 
+@reduces(weakref.finalize)
+def _reduce_finalizer(finalizer: Any, walk: Walk) -> Any:
+    if not finalizer.alive:
+        return NotImplemented
+    raise Refusal(
+        "it runs when an object of this process ends", "Create it in the worker: weakref.finalize(object, function)."
+    )
+
+
 @reduces(weakref.WeakValueDictionary)
 def _reduce_weak_values(values: Any, walk: Walk) -> Any:
     held = [(key, value) for key, value in values.items() if walk.is_reachable(value)]
-    return type(values), (), None, None, iter(held)
+    return _new_weak, (type(values), weakref.WeakValueDictionary), (_own(values), held), None, None, _set_weak
 
 
 @reduces(weakref.WeakKeyDictionary)
 def _reduce_weak_keys(values: Any, walk: Walk) -> Any:
     held = [(key, value) for key, value in values.items() if walk.is_reachable(key)]
-    return type(values), (), None, None, iter(held)
+    return _new_weak, (type(values), weakref.WeakKeyDictionary), (_own(values), held), None, None, _set_weak
 
 
 @reduces(weakref.WeakSet)
 def _reduce_weak_set(items: Any, walk: Walk) -> Any:
     held = [item for item in items if walk.is_reachable(item)]
-    return type(items), (), held, None, None, _add_items
+    return _new_weak, (type(items), weakref.WeakSet), (_own(items), held), None, None, _set_weak
 
 
-def _add_items(items: Any, held: list[Any]) -> None:
-    items.update(held)
+def _own(container: Any) -> dict[str, Any]:
+    """Return the attributes that a user's class, or a user, gave a weak container."""
+    base = next(kind for kind in type(container).__mro__ if kind.__module__ in ("weakref", "_weakrefset"))
+    return {name: value for name, value in vars(container).items() if name not in vars(base())}
+
+
+def _new_weak(kind: Any, base: Any) -> Any:
+    """Make an empty weak container without the constructor of its class, which may need arguments."""
+    container = kind.__new__(kind)
+    base.__init__(container)
+    return container
+
+
+def _set_weak(container: Any, state: tuple[dict[str, Any], list[Any]]) -> None:
+    own, held = state
+    container.__dict__.update(own)
+    if isinstance(container, weakref.WeakSet):
+        weakref.WeakSet.update(container, held)
+    else:
+        for key, value in held:
+            container[key] = value

@@ -25,6 +25,11 @@ _REFUSED = {
     "DeepSpeedEngine": ("needs the engine and the optimizer of its training job", _MODULE),
     "FullyShardedDataParallel": ("has only this rank's shards of the weights", _FULL_STATE),
     "FSDPModule": ("has only this rank's shards of the weights", _FULL_STATE),
+    "_ReplicateState": ("belongs to replicate() and needs its process group", "Share the module before replicate()"),
+    "UnflattenedModule": (
+        "refers to its own parts in a way that torch cannot pickle",
+        "Share the ExportedProgram, and call torch.export.unflatten(program) in the worker",
+    ),
     "DTensor": (
         "is distributed over a device mesh that workers do not have",
         f"Use {{path}}.full_tensor() for one tensor. {_FULL_STATE}",

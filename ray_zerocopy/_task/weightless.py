@@ -84,7 +84,7 @@ class Weightless:
             return torch.device("cpu")
         if is_method(inspect.getattr_static(type(self.module), name, None)):
             raise NeedsWeightsError(f"{self._path}.{name} is a method, which {_NEEDS_WEIGHTS}")
-        if name in MODULE_ATTRIBUTES or has_weights(value):
+        if name in MODULE_ATTRIBUTES or has_weights(value) or _tells_meta(value):
             raise NeedsWeightsError(f"{self._path}.{name} {_NEEDS_WEIGHTS}")
         return value
 
@@ -141,6 +141,22 @@ def is_method(static: object) -> bool:
 def has_weights(value: object) -> bool:
     """Tell whether a value holds tensors or models, also in a closure."""
     return any(isinstance(part, (torch.Tensor, *actor.MODEL_TYPES)) for _, part in paths.walk(value))
+
+
+def _tells_meta(value: object) -> bool:
+    """Tell whether a value has the device of the copy in it, in a container or a text."""
+    if isinstance(value, str):
+        return "device='meta'" in value
+    return any(isinstance(part, torch.device) and part.type == "meta" for part in _parts_of(value))
+
+
+def _parts_of(value: object) -> Iterator[object]:
+    """Yield the values in tuples, lists and dicts."""
+    if isinstance(value, (tuple, list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _parts_of(part)
+    else:
+        yield value
 
 
 def _size(parts: graph.Parts) -> int:

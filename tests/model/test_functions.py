@@ -7,6 +7,7 @@ import os
 import re
 import sys
 import textwrap
+import threading
 import types
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import ray
 import torch
 from models import quietly
 
-from ray_zerocopy import ZeroCopyWarning, load_model_in_actor, prepare_model_for_actors
+from ray_zerocopy import ZeroCopyError, ZeroCopyWarning, load_model_in_actor, prepare_model_for_actors
 from ray_zerocopy._model import deep
 from ray_zerocopy._model.compiled import options_of
 
@@ -46,6 +47,127 @@ class Travels(NamedTuple):
 
 
 TRAVELS = {
+    "enum_with_a_constructor": Travels(
+        """
+        import enum
+        class Planet(enum.Enum):
+            EARTH = (5.9, 6.3)
+            MARS = (6.4, 3.4)
+            RED = (6.4, 3.4)
+            def __init__(self, mass, radius): self.mass, self.radius = mass, radius
+        model = nn.Linear(2, 2)
+        model.planet, model.planets = Planet.MARS, Planet
+        """,
+        "(m.planet.mass, m.planets.EARTH.radius, m.planets['RED'] is m.planet, m.planets.RED.name, "
+        "list(m.planets.__members__), len(m.planets))",
+        (6.4, 6.3, True, "MARS", ["EARTH", "MARS", "RED"], 2),
+    ),
+    "enum_with_new": Travels(
+        """
+        import enum
+        class Size(int, enum.Enum):
+            def __new__(cls, number, label):
+                member = int.__new__(cls, number)
+                member._value_, member.label = number, label
+                return member
+            SMALL = (1, "small")
+            LARGE = (2, "large")
+        model = nn.Linear(2, 2)
+        model.size = Size.LARGE
+        """,
+        "(m.size.label, m.size.value, m.size + 1, type(m.size)(1).label)",
+        ("large", 2, 3, "small"),
+    ),
+    "flags_together": Travels(
+        """
+        import enum
+        class Mode(enum.Flag):
+            R = 1
+            W = 2
+            RW = R | W
+        model = nn.Linear(2, 2)
+        model.mode = Mode.RW
+        """,
+        "(m.mode is type(m.mode)['RW'], m.mode.name, m.mode is type(m.mode)(3), type(m.mode).R in m.mode)",
+        (True, "RW", True, True),
+    ),
+    "private_slots": Travels(
+        """
+        class Config:
+            __slots__ = ("__size", "kind")
+            def __init__(self): self.__size, self.kind = 3, "k"
+            def size(self): return self.__size
+        model = nn.Linear(2, 2)
+        model.config = Config()
+        """,
+        "(m.config.size(), m.config.kind)",
+        (3, "k"),
+    ),
+    "cache_of_a_partial": Travels(
+        """
+        import functools, operator
+        model = nn.Linear(2, 2)
+        model.pick = functools.lru_cache(operator.itemgetter(1))
+        model.power = functools.cache(functools.partial(pow, 2))
+        """,
+        "(m.pick((5, 6)), m.power(3))",
+        (6, 8),
+    ),
+    "context_manager_as_decorator": Travels(
+        """
+        import contextlib
+        seen = []
+        @contextlib.contextmanager
+        def counting(name):
+            seen.append(name)
+            yield
+        class Model(nn.Linear):
+            @counting("run")
+            def run(self): return len(seen)
+        model = Model(2, 2)
+        """,
+        "(m.run(), m.run())",
+        (1, 2),
+    ),
+    "library_with_signatures": Travels(
+        """
+        import ctypes
+        model = nn.Linear(2, 2)
+        model.libm = ctypes.CDLL("libm.so.6")
+        model.libm.floor.restype = ctypes.c_double
+        model.libm.floor.argtypes = [ctypes.c_double]
+        """,
+        "(m.libm.floor(5.7), m.libm.ceil.restype.__name__)",
+        (5.0, "c_int"),
+    ),
+    "weak_containers_of_a_script": Travels(
+        """
+        import weakref
+        class Named(weakref.WeakValueDictionary):
+            def __init__(self, name):
+                super().__init__()
+                self.name = name
+        class Listeners(weakref.WeakSet):
+            limit = 3
+        model = nn.Sequential(nn.Linear(2, 2))
+        model.named = Named("layers")
+        model.named["first"] = model[0]
+        model.listeners = Listeners([model[0]])
+        model.listeners.limit = 5
+        """,
+        "(m.named.name, m.named['first'] is m[0], m.listeners.limit, m[0] in m.listeners)",
+        ("layers", True, 5, True),
+    ),
+    "bounded_semaphore": Travels(
+        """
+        import threading
+        model = nn.Linear(2, 2)
+        model.slots = threading.BoundedSemaphore(2)
+        model.slots.acquire()
+        """,
+        "(m.slots.acquire(blocking=False), m.slots.acquire(blocking=False), m.slots.acquire(blocking=False))",
+        (True, True, False),
+    ),
     "lru_cache_on_a_method": Travels(
         """
         import functools
@@ -388,6 +510,102 @@ class Refused(NamedTuple):
 
 
 REFUSED = {
+    "taken_semaphore": Refused(
+        """
+        import threading
+        model = nn.Linear(2, 2)
+        model.slots = threading.Semaphore(1)
+        model.slots.acquire()
+        """,
+        r"Linear\.slots is a threading\.Semaphore",
+        "it is taken",
+        "Release it before sharing",
+    ),
+    "context_variable_with_a_value": Refused(
+        """
+        import contextvars
+        scale = contextvars.ContextVar("scale", default=1.0)
+        scale.set(0.5)
+        class Model(nn.Linear):
+            def forward(self, x): return x * scale.get()
+        model = Model(2, 2)
+        """,
+        r"Linear|Model",
+        "belongs to a context of this process",
+        "Set the value in the worker",
+    ),
+    "temporary_directory": Refused(
+        "import tempfile\nmodel = nn.Linear(2, 2)\nmodel.folder = tempfile.TemporaryDirectory()\n"
+        "import types\nfiles = [types.SimpleNamespace(close=model.folder.cleanup)]",
+        r"Linear\.folder is a tempfile\.TemporaryDirectory",
+        "deletes its folder",
+        "Create the directory in the worker",
+    ),
+    "finalizer": Refused(
+        "import weakref\nmodel = nn.Linear(2, 2)\nmodel.end = weakref.finalize(model, print)",
+        r"Linear\.end is a weakref\.finalize",
+        "when an object of this process ends",
+        "Create it in the worker",
+    ),
+    "weak_reference_with_a_state": Refused(
+        """
+        import weakref
+        class Named(weakref.ref):
+            pass
+        model = nn.Sequential(nn.Linear(2, 2))
+        model.first = Named(model[0])
+        model.first.name = "first"
+        """,
+        r"Sequential\.first is a .*Named",
+        "a state of its own",
+        r"Hold a weakref\.ref",
+    ),
+    "weak_reference_to_what_getstate_drops": Refused(
+        """
+        import weakref
+        class Trainer:
+            pass
+        class Model(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.layer = nn.Linear(2, 2)
+                self.trainer = Trainer()
+                self.back = weakref.ref(self.trainer)
+            def __getstate__(self): return {k: v for k, v in self.__dict__.items() if k != "trainer"}
+        model = Model()
+        """,
+        r"Model\.back is a weakref",
+        "Trainer is not a part of the object that is shared",
+        "Hold the object itself",
+    ),
+    "global_of_a_script": Refused(
+        """
+        import threading
+        worker = threading.Thread(target=print)
+        pool = {"thread": __import__("os").scandir(".")}
+        class Model(nn.Linear):
+            @property
+            def entries(self): return pool
+        model = Model(2, 2)
+        files = [pool["thread"]]
+        """,
+        r"Model.*scandir|Model.*ScandirIterator",
+        "travels by value and brings it along",
+        "to a module that workers can import",
+    ),
+    "unflattened_program": Refused(
+        """
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.inner = nn.Linear(2, 2)
+            def forward(self, x): return self.inner(x)
+        model = torch.export.unflatten(torch.export.export(Net(), (torch.ones(1, 2),)))
+        """,
+        r"UnflattenedModule",
+        "cannot pickle",
+        r"torch\.export\.unflatten\(program\) in the worker",
+    ),
     "open_file": Refused(
         "import os\nmodel = nn.Linear(2, 2)\nmodel.log = open(os.devnull)\nfiles = [model.log]",
         r"Linear\.log is a _io\.TextIOWrapper",
@@ -756,3 +974,34 @@ def test_a_hook_of_a_module_fills_the_module_of_the_worker(two_actors: list[Any]
     model.register_forward_hook(make_hook("here"))
     expression = "m(torch.ones(1, 2)).equal(__import__('test_functions').FILLED.pop('here'))"
     assert evaluate_in_worker(two_actors[0], model, expression)
+
+
+# ---------------------------------------------------------------- code of classes that fails in the worker
+
+
+def test_code_of_a_class_that_fails_in_the_worker(two_actors: list[Any]) -> None:
+    """A class that cannot be made again is an error with the model's name, the cause and what to do."""
+    script = run_as_script(
+        """
+        class Registered(nn.Linear):
+            def __init_subclass__(cls, *, key):
+                super().__init_subclass__()
+                cls.key = key
+        class Model(Registered, key="a"):
+            pass
+        model = Model(2, 2)
+        """
+    )
+    with pytest.raises(
+        ZeroCopyError, match=r"Model cannot be rebuilt.*TypeError.*key.*a module that workers can import"
+    ):
+        evaluate_in_worker(two_actors[0], script["model"], "m.key")
+
+
+def test_values_of_threads_in_deep_nesting(ray_session: None) -> None:
+    """A `threading.local` is refused however deep it is: another thread pickles deep objects."""
+    values = threading.local()
+    values.scale = 2.0
+    model = {"deep": nested_lists(400), "values": values}
+    with pytest.raises(TypeError, match=r"belong to threads of this process|too deep for pickle"):
+        prepare_model_for_actors(model)
