@@ -258,24 +258,21 @@ def note_class_operators(walk: Walk, kinds: Iterable[type]) -> None:
 
     Not those of large libraries, which import what they need themselves.
     """
-    bases = {base for kind in kinds for base in kind.__mro__ if not _imports_itself(base.__module__, _TORCH)}
+    bases = {
+        base
+        for kind in kinds
+        for base in kind.__mro__
+        if not _imports_itself(base.__module__, _TORCH if issubclass(kind, torch.nn.Module) else _TORCH | _LARGE)
+    }
     functions = [function for base in bases for held in vars(base).values() for function in _functions_in(held)]
-    pending, seen = {base.__module__ for base in bases}, {"__main__"}
     note_code_operators(walk, functions)
+    modules = {base.__module__ for base in bases}
     for function in functions:
-        pending |= set(_modules_used_by(function))
-    while pending - seen:
-        name = (pending - seen).pop()
-        seen.add(name)
+        modules.update(_modules_used_by(function))
+    for name in sorted(modules - {"__main__"}):
         held_here = vars(sys.modules.get(name, types)).values()
         own = [held for held in held_here if getattr(held, "__module__", "") == name]
-        functions = [function for held in own for function in _functions_in(held)]
-        functions += [
-            f for held in own if isinstance(held, type) for value in vars(held).values() for f in _functions_in(value)
-        ]
-        note_code_operators(walk, functions)
-        for function in functions:
-            pending |= set(_modules_used_by(function))
+        note_code_operators(walk, [function for held in own for function in _functions_in(held)])
 
 
 _TORCH = frozenset({"torch", "builtins"})
