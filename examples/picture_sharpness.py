@@ -55,11 +55,11 @@ class Ranker(ZeroCopyPredictor):
         return [max(open_picture(file).size) ** 2 for file in batch["bytes"].to_pylist()]
 
     def preprocess(self, batch: pa.Table) -> dict[str, torch.Tensor]:
-        pictures = [np.asarray(open_picture(file).convert("L")) for file in batch["bytes"].to_pylist()]
+        pictures = [grey(open_picture(file)) for file in batch["bytes"].to_pylist()]
         sizes = torch.tensor([picture.shape for picture in pictures])
         padded = torch.zeros(len(pictures), 1, *np.maximum(sizes.amax(0).numpy(), 3))
         for place, picture in zip(padded, pictures, strict=True):
-            place[0, : picture.shape[0], : picture.shape[1]] = torch.from_numpy(picture.astype(np.float32)) / 255
+            place[0, : picture.shape[0], : picture.shape[1]] = torch.from_numpy(picture)
         return {"pictures": padded, "sizes": sizes}
 
     def postprocess(self, outputs: torch.Tensor, batch: pa.Table) -> dict:
@@ -71,8 +71,15 @@ def open_picture(file: bytes) -> Image.Image:
     return Image.open(io.BytesIO(file))
 
 
+def grey(picture: Image.Image) -> np.ndarray:
+    """Return the brightness of each pixel, from 0 to 1."""
+    if picture.mode.startswith("I"):  # 16 bits, which convert("L") would cut off at 255
+        return np.asarray(picture).astype(np.float32) / 65535
+    return np.asarray(picture.convert("L")).astype(np.float32) / 255
+
+
 def find_pictures(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ import os
 import signal
 import sys
 import sysconfig
+import tempfile
 import threading
 import time
 import warnings
@@ -183,7 +184,14 @@ class Cache:
         for file in ("model.safetensors", "tokenizer.json", "sentence_bert_config.json"):
             digest.update((get_model_path() / file).read_bytes())
         self.folder = folder / f"all-MiniLM-L6-v2-{digest.hexdigest()}"
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise SystemExit(
+                f"The cache {self.folder} cannot be written ({error}). Pass another folder: --cache."
+            ) from None
 
     def passages(self, limit: int | None, packages: bool) -> pa.Table:
         """Return the passages with their keys, from the cache unless a source file has changed since."""
@@ -192,24 +200,37 @@ class Cache:
             status = path.stat()
             digest.update(f"{path} {status.st_mtime_ns} {status.st_size}\n".encode())
         file = self.folder / f"passages-{digest.hexdigest()}.parquet"
-        if not file.exists():
+        table = self._read(file) if file.exists() else None
+        if table is None:
             table = collect_passages(limit, packages)
             keys = [hashlib.blake2b(text.encode(), digest_size=16).digest() for text in table["text"].to_pylist()]
-            self._write(table.append_column("key", pa.array(keys, pa.binary(16))), file)
-        return pq.read_table(file)
+            table = table.append_column("key", pa.array(keys, pa.binary(16)))
+            self._write(table, file)
+        return table
 
     def embeddings(self) -> pa.Table:
         """Return key and embedding of everything that was embedded."""
         files = sorted(self.folder.glob("embeddings-*.parquet"))
         schema = pa.schema({"key": pa.binary(16), "embedding": pa.list_(pa.float32(), 384)})
-        return pa.concat_tables([schema.empty_table(), *(pq.read_table(file).cast(schema) for file in files)])
+        tables = [table for table in map(self._read, files) if table is not None]
+        return pa.concat_tables([schema.empty_table(), *(table.cast(schema) for table in tables)])
 
     def add(self, embeddings: pa.Table) -> None:
         self._write(embeddings.select(["key", "embedding"]), self.folder / f"embeddings-{time.time_ns()}.parquet")
 
+    def _read(self, file: Path) -> pa.Table | None:
+        """Return the table in a file. A damaged file is removed, and its rows are computed again."""
+        try:
+            return pq.read_table(file)
+        except (pa.ArrowException, OSError) as error:
+            print(f"{file} is damaged and is removed: {str(error).splitlines()[0]}", flush=True)
+            file.unlink(missing_ok=True)
+            return None
+
     def _write(self, table: pa.Table, file: Path) -> None:
-        pq.write_table(table, file.with_suffix(".tmp"))
-        os.replace(file.with_suffix(".tmp"), file)  # a file is complete or is not there
+        unfinished = file.with_suffix(f".{os.getpid()}.tmp")  # another run may write the same file
+        pq.write_table(table, unfinished)
+        os.replace(unfinished, file)  # a file is complete or is not there
 
 
 def default_cache() -> Path:
@@ -398,7 +419,10 @@ def main() -> None:
         try:
             run.embed(missing, model_ref, until)
         except KeyboardInterrupt:
-            print(f"\ninterrupted: {run.rows} passages were embedded and are kept. The next run embeds the rest.")
+            print(
+                f"\ninterrupted: {run.rows} passages were embedded and are kept. The next run embeds the rest, with "
+                f"the batches that were running."
+            )
             sys.exit(130)
 
     found, embeddings = match(passages, cache.embeddings())

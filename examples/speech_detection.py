@@ -57,11 +57,20 @@ class SpeechDetector(ZeroCopyPredictor):
         }
 
 
+def problem(path: Path) -> str:
+    """Say why the model cannot hear a file, or return an empty string."""
+    try:
+        with wave.open(str(path)) as file:
+            channels, bits, rate = file.getnchannels(), 8 * file.getsampwidth(), file.getframerate()
+    except (wave.Error, EOFError, OSError) as error:
+        return f"not a WAV file that can be read ({error})"
+    right = (channels, bits, rate) == (1, 16, RATE)
+    return "" if right else f"{channels} channels, {bits} bits, {rate} samples a second, not 1, 16 and {RATE}"
+
+
 def read_wav(row: dict) -> dict:
     """Return the samples of a WAV file of 16 bits and one channel."""
     with wave.open(io.BytesIO(row["bytes"])) as file:
-        if (file.getnchannels(), file.getsampwidth(), file.getframerate()) != (1, 2, RATE):
-            raise ValueError(f"{row['path']} is not a file of one channel, 16 bits and {RATE} samples a second")
         samples = np.frombuffer(file.readframes(file.getnframes()), np.int16)
     return {"path": row["path"], "samples": samples}
 
@@ -78,10 +87,16 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=FOLDER, help="WAV files, default: %(default)s")
     parser.add_argument("--limit", type=int, help="only the first LIMIT recordings")
     options = parser.parse_args()
-    files = sorted(options.folder.rglob("*.wav"))[: options.limit]
+    found = sorted(path for path in options.folder.rglob("*.wav") if path.is_file())[: options.limit]
+    problems = {file: problem(file) for file in found}
+    files = [file for file in found if not problems[file]]
+    for file in found:
+        if problems[file]:
+            print(f"left out: {file}: {problems[file]}")
     if not files:
         raise SystemExit(
-            f"No WAV files in {options.folder}. Install some: apt-get install asterisk-core-sounds-en-wav"
+            f"No WAV files of one channel, 16 bits and {RATE} samples a second in {options.folder}. Install some: "
+            f"apt-get install asterisk-core-sounds-en-wav"
         )
 
     ray.init(include_dashboard=False)

@@ -21,7 +21,7 @@ import pyarrow as pa
 import torch
 
 from . import defaults
-from .tables import described, is_pandas
+from .tables import as_table, check_names, described, is_pandas
 
 __all__ = [
     "ErrorColumn",
@@ -50,7 +50,16 @@ class StageError(Exception):
         self.error = error
 
     def __str__(self) -> str:
-        return f"{self.stage}: {type(self.error).__name__}: {self.error}"
+        return f"{self.stage}: {_described_error(self.error)}"
+
+
+def _described_error(error: Exception) -> str:
+    """Return the type and the text of an exception, as text that Arrow can hold."""
+    try:
+        said = f"{type(error).__name__}: {error}"
+    except Exception as failed:
+        said = f"{type(error).__name__} (its __str__ raised {type(failed).__name__})"
+    return said.encode(errors="backslashreplace").decode()  # half a surrogate pair, of a path or a damaged text
 
 
 def in_stage(stage: str, function: Callable[..., Any], *args: Any) -> Any:
@@ -75,7 +84,7 @@ def failing_rows(function: Callable[[pa.Table], Any], batch: pa.Table, error: Ex
     The batch is halved until the rows are found. Each halving calls the function about twice for each failing row.
     """
     if len(batch) <= 1:
-        said = str(error) if isinstance(error, StageError) else f"{type(error).__name__}: {error}"
+        said = str(error) if isinstance(error, StageError) else _described_error(error)
         return dict.fromkeys(range(len(batch)), said)
     half = len(batch) // 2
     found: dict[int, str] = {}
@@ -146,9 +155,10 @@ class ErrorColumn:
         Columns that are the batch's own memory keep their values in all rows. The others have no value where a row
         failed: see Note [No value in a tensor column].
         """
-        if is_pandas(rows):
-            rows = pa.Table.from_pandas(rows, preserve_index=False).replace_schema_metadata(None)
-        if not isinstance(rows, pa.Table):
+        if is_pandas(rows) or isinstance(rows, pa.Table):
+            check_names(rows, self._name)
+            rows = as_table(rows)
+        else:
             raise TypeError(
                 f"{self._name}.postprocess returned {described(rows)}, so on_error='null' cannot tell which rows "
                 f"failed. Return a table or a mapping of columns, or set on_error='raise'."

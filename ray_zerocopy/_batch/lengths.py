@@ -21,7 +21,7 @@ import torch
 
 from .._arrow.columns import RAY_FIXED, RAY_VARIABLE, columns_of, is_extension
 from .failed_rows import failing_rows, is_tensor, same_memory, without
-from .tables import described, is_pandas, joined
+from .tables import as_table, check_names, described, is_pandas, joined
 
 __all__ = ["Lengths", "SortedBatch", "check_rows", "row_lengths", "sort_rows", "take_rows"]
 
@@ -52,7 +52,7 @@ class SortedBatch:
         results = [rows for _, rows in parts]
         if all(is_pandas(rows) for rows in results):
             return joined(results).iloc[place].reset_index(drop=True)
-        tables = [pa.Table.from_pandas(rows) if is_pandas(rows) else rows for rows in results]
+        tables = [as_table(rows) for rows in results]
         rows = _concatenate(tables, name)
         unchanged = self._unchanged_columns([part for part, _ in parts], tables, rows)
         moved = take_rows(rows.drop_columns([*unchanged]), place)
@@ -110,6 +110,7 @@ def check_rows(rows: Any, count: int, name: str) -> None:
             f"{name}.postprocess returned {described(rows)}, whose rows sort_by cannot put back in the order of the "
             f"batch. {remedy}"
         )
+    check_names(rows, name)
     if len(rows) != count:
         raise ValueError(
             f"{name}.postprocess returned {len(rows)} rows for {count}, so sort_by cannot put them back in the order "
@@ -141,13 +142,13 @@ def row_lengths(table: pa.Table, sort_by: Any, name: str) -> Lengths:
         values = _as_numbers(returned, what)
         if len(values) != len(table):
             raise InvalidLengths(f"{what} returned {len(values)} lengths for {len(table)} rows. Return one for each.")
-    lengths: Lengths = pc.fill_null(values.cast(pa.float64()), 0.0).to_numpy()
+    lengths: Lengths = pc.fill_null(values.cast(pa.float64(), safe=False), 0.0).to_numpy()
     wrong = ~(np.isfinite(lengths) & (lengths >= 0))
     if wrong.any():
         row = int(wrong.argmax())
         raise InvalidLengths(
             f"{what} gives row {row} the length {lengths[row]:g} ({int(wrong.sum())} of {len(lengths)} rows). "
-            f"A length is a finite number, at least 0."
+            f"A length is a finite number, at least 0; use 0 for a row that has none."
         )
     return lengths
 
@@ -208,8 +209,11 @@ def _tensor_sizes(values: pa.ChunkedArray) -> Any:
 def _as_numbers(values: Any, what: str) -> Any:
     """Return what a function returned as an Arrow array of numbers."""
     if isinstance(values, torch.Tensor):
-        values = values.detach().cpu().numpy()
-    elif type(values).__name__ in ("Series", "Index", "range"):
+        values = values.detach().cpu()
+        values = (values.double() if values.is_floating_point() else values).numpy()  # numpy has no bfloat16
+    elif type(values).__name__ in ("Series", "Index"):
+        values = pa.array(values, from_pandas=True)  # missing numbers become nulls
+    elif isinstance(values, range):
         values = list(values)
     if isinstance(values, (pa.Array, pa.ChunkedArray)):
         array: Any = values

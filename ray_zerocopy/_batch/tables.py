@@ -12,7 +12,7 @@ import torch
 
 from ..arrow import tensor_to_column
 
-__all__ = ["described", "each_to_rows", "is_pandas", "joined", "to_arrow", "to_rows"]
+__all__ = ["as_table", "check_names", "described", "each_to_rows", "is_pandas", "joined", "to_arrow", "to_rows"]
 
 
 def to_arrow(batch: Any, name: str) -> pa.Table:
@@ -46,6 +46,26 @@ def is_pandas(value: Any) -> bool:
     return type(value).__name__ == "DataFrame" and type(value).__module__.split(".")[0] == "pandas"
 
 
+def as_table(rows: Any) -> pa.Table:
+    """Return rows, a table or a DataFrame, as a table without the index. Cells may be arrays of any dimensions."""
+    if not is_pandas(rows):
+        return rows
+    try:
+        table = pa.Table.from_pandas(rows, preserve_index=False)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError):  # such as cells that are matrices
+        table = pa.table({str(name): _to_column(rows[name], f"column '{name}' of a DataFrame") for name in rows})
+    return table.replace_schema_metadata(None)
+
+
+def check_names(rows: Any, name: str) -> None:
+    """Raise if two columns of a table or a DataFrame have the same name: nothing can tell them apart."""
+    names = list(rows.columns) if is_pandas(rows) else rows.column_names
+    if twice := [column for column in names if names.count(column) > 1]:
+        raise ValueError(
+            f"{name}.postprocess returned two columns named '{twice[0]}'. Give each column another name."
+        )
+
+
 def each_to_rows(parts: Iterator[Any], stage: Callable[[], AbstractContextManager[None]], name: str) -> Iterator[Any]:
     """Yield each result of a generator as rows. Each of its steps runs in a `stage`."""
     while True:
@@ -64,7 +84,7 @@ def joined(results: list[Any]) -> Any:
         import pandas
 
         return pandas.concat(results, ignore_index=True)
-    tables = [pa.Table.from_pandas(rows) if is_pandas(rows) else rows for rows in results]
+    tables = [as_table(rows) for rows in results]
     try:
         table = pa.concat_tables(tables, promote_options="default")  # a column that a part lacks becomes nulls
         names = max(tables, key=lambda part: part.num_columns).column_names
@@ -109,6 +129,8 @@ def _to_column(values: Any, what: str) -> Any:
         raise TypeError(f"{what}. A column is an array, a tensor or a list with one entry for each row.")
     from ray.data.block import BlockAccessor
 
+    if type(values).__name__ in ("Series", "Index") and not isinstance(values.dtype, np.dtype):
+        return pa.array(values, from_pandas=True)  # a type of pandas that has nulls
     column = list(values) if sequence else np.asarray(values)
     return BlockAccessor.batch_to_arrow_block({"column": column}).column(0)
 

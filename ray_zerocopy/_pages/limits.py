@@ -135,17 +135,21 @@ def _sizes(path: str) -> dict[str, int]:
 
 
 def _count_lines(path: str) -> int | None:
-    """Count the lines of a file of /proc by small pieces: the process may have no memory for the whole text."""
     try:
-        with open(path, "rb", buffering=0) as file:
-            return sum(piece.count(b"\n") for piece in iter(lambda: file.read(4096), b""))
+        return sum(piece.count(b"\n") for piece in _pieces(path))
     except OSError:
         return None
 
 
 def _read(path: str) -> str | None:
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
-            return file.read()
+        return b"".join(_pieces(path)).decode(errors="replace")
     except OSError:
         return None
+
+
+def _pieces(path: str) -> Iterator[bytes]:
+    """Yield a file of /proc in small pieces: the process may have no memory for a buffer or for the whole text."""
+    with open(path, "rb", buffering=0) as file:
+        while piece := file.read(2048):
+            yield piece

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from ray.data.extensions import ArrowTensorArray, ArrowVariableShapedTensorArray
 from ray_zerocopy._batch.lengths import SortedBatch, row_lengths, take_rows
 from ray_zerocopy._batch.options import Options, check_combinations, check_options
 from ray_zerocopy._batch.sizes import PartSizes, SizeTrial
+from ray_zerocopy._batch.tables import to_rows
 
 
 class Texts(Options):
@@ -192,6 +194,78 @@ def test_no_error_column() -> None:
 # ---------------------------------------------------------------- sizes
 
 
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise KeyError("no text")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ValueError("half a pair: \ud800"), r"preprocess: ValueError: half a pair: \\ud800"),
+        (Unprintable(), r"preprocess: Unprintable \(its __str__ raised KeyError\)"),
+    ],
+    ids=["surrogate", "no text"],
+)
+@pytest.mark.parametrize("sort_by", [None, by_words])
+def test_errors_that_are_no_text(error: Exception, said: str, sort_by: Any) -> None:
+    """An error of a row whose text Arrow cannot hold, or that has none, does not end the job."""
+
+    class Fails(Texts):
+        def preprocess(self, batch: pa.Table) -> Any:
+            if "bad" in batch["text"].to_pylist():
+                raise error
+            return super().preprocess(batch)
+
+    predictor = Fails(on_error="null", sort_by=sort_by)
+    rows = pa.table(batch_runner(predictor).run(predictor, texts("a", "bad", "c")))
+    assert [row is None for row in rows["error"].to_pylist()] == [True, False, True]
+    assert re.fullmatch(said, rows["error"][1].as_py())
+
+
+def test_cells_that_are_matrices() -> None:
+    """Rows of a DataFrame whose cells have two dimensions are put back in order, and may fail."""
+
+    class Matrices(Texts):
+        def postprocess(self, outputs: torch.Tensor, batch: pa.Table) -> Any:
+            whole = [np.full((2, 2), len(text)) for text in batch["text"].to_pylist()]
+            frame = pd.DataFrame({"text": batch["text"].to_pylist(), "m": whole})
+            return (
+                frame
+                if len(batch) % 2
+                else pa.table({"text": batch["text"], "m": ArrowTensorArray.from_numpy(whole)})
+            )
+
+    batch = texts("a", "bbbb", "!", "cc")
+    for options in ({"on_error": "null"}, {"on_error": "null", "sort_by": "text", "micro_batch_tokens": 4}):
+        predictor = Matrices(**options)
+        rows = batch_runner(predictor).run(predictor, batch)
+        assert [rows["text"][row].as_py() for row in (0, 1, 3)] == ["a", "bbbb", "cc"]
+        cells = [np.asarray(cell) for chunk in rows["m"].chunks for cell in chunk.to_numpy()]
+        assert [int(cell.flat[0]) for row, cell in enumerate(cells) if row != 2] == [1, 4, 2]
+
+
+@pytest.mark.parametrize("options", [{"on_error": "null"}, {"sort_by": "text"}])
+@pytest.mark.parametrize("form", ["table", "frame"])
+def test_two_columns_of_one_name(options: dict[str, Any], form: str) -> None:
+    """Two columns of one name are an error that names the column, where rows are moved."""
+
+    class Twice(Texts):
+        def postprocess(self, outputs: torch.Tensor, batch: pa.Table) -> Any:
+            table = batch.append_column("text", batch["text"])
+            return table if form == "table" else pd.concat([batch.to_pandas()] * 2, axis=1)
+
+    predictor = Twice(**options)
+    with pytest.raises(ValueError, match="returned two columns named 'text'"):
+        batch_runner(predictor).run(predictor, texts("a", "b"))
+
+
+def test_columns_of_pandas_with_nulls() -> None:
+    """A Series of a type of pandas that has nulls is a column with nulls."""
+    rows = to_rows({"x": pd.Series([1, None], dtype="Int64"), "s": pd.Series(["a", None], dtype="string")}, "Texts")
+    assert rows.to_pydict() == {"x": [1, None], "s": ["a", None]}
+
+
 def test_rows_of_similar_length_go_together() -> None:
     """A budget gives few long rows and many short ones, longest first, and pads little."""
     methods = Texts(sort_by="text", micro_batch_tokens=64)
@@ -322,6 +396,10 @@ def test_lengths_of_columns(column: Any, expected: list[float]) -> None:
         torch.tensor([3, 1]),
         pa.array([3, 1]),
         pd.Series([3, 1]),
+        pd.Series([3, 1], dtype="Int64"),
+        torch.tensor([3, 1], dtype=torch.bfloat16),
+        torch.tensor([3.0, 1.0], requires_grad=True),
+        range(3, -1, -2),
         pa.chunked_array([[3], [1]]),
     ],
     ids=lambda value: type(value).__name__,
@@ -330,6 +408,9 @@ def test_lengths_of_functions(returned: Any) -> None:
     """A function may return any list or array of numbers."""
     assert row_lengths(texts("a", "b"), lambda batch: returned, "Texts").tolist() == [3, 1]
     assert row_lengths(texts("a", "b"), lambda batch: [None, 2], "Texts").tolist() == [0, 2]
+    missing = [pd.Series([None, 2.0]), pd.Series([None, 2], dtype="Int64"), pd.Series([float("nan"), 2])]
+    assert [row_lengths(texts("a", "b"), lambda batch, x=x: x, "Texts").tolist() for x in missing] == [[0, 2]] * 3
+    assert row_lengths(texts("a"), lambda batch: [2**60 + 1], "Texts").tolist() == [2.0**60]
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ from models import CASES, NAMES, Tied
 from torch import nn
 
 from ray_zerocopy import (
+    ZeroCopyError,
     actor,
     load_model_in_actor,
     load_pipeline_in_actor,
@@ -369,10 +370,12 @@ def test_it_never_reads_the_private_view(ring: Ring, monkeypatch: pytest.MonkeyP
 
 
 def test_an_error_in_the_skeleton_stops_the_upload(ring: Ring, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A class that cannot be unpickled raises its own error, and leaves no thread and no descriptor."""
+    """A class that cannot be unpickled is an error with its own as the cause; no thread and no descriptor stay."""
     source = [torch.ones(1 << 20), Broken()]
-    with pytest.raises(ArithmeticError, match="as ever"):
+    with pytest.raises(ZeroCopyError, match=r"list cannot be rebuilt.*ArithmeticError: as ever") as caught:
         load_late(source, ring, monkeypatch)
+    assert isinstance(caught.value.__cause__, ArithmeticError)
+    del caught
     assert not [thread for thread in threading.enumerate() if thread.name == "ray_zerocopy-upload"]
     assert not store_descriptors()
 

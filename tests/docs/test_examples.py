@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import io
 import os
 import re
 import shutil
@@ -12,10 +13,12 @@ import signal
 import subprocess
 import sys
 import time
+import wave
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
@@ -218,16 +221,18 @@ def test_picture_sharpness(run_here: Any, source: Any, tmp_path: Path) -> None:
         shutil.copy(path, tmp_path / f"{number}{path.suffix}")
     noise = np.random.default_rng(0).integers(0, 256, (90, 30), np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
+    Image.fromarray(noise.astype(np.uint16) * 257).save(tmp_path / "sixteen bits.png")
     (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "folder.png").mkdir()
     output = run_here("examples/picture_sharpness.py", "--folder", str(tmp_path))
     printed = re.findall(r"^ *(\d+\.\d{4}) +(\d+) x (\d+)  (.*)$", output, re.MULTILINE)
-    assert "noise.png" in printed[0][3]
+    assert {Path(path).name for *_, path in printed[:2]} == {"noise.png", "sixteen bits.png"}
     assert re.search(r"failed: .*broken.png: preprocess: UnidentifiedImageError", output)
     assert output.endswith(f"{len(printed)} of {len(printed) + 1} pictures ranked\n")
     for sharpness, width, height, path in printed:
-        picture = Image.open(path)
+        picture = Image.open(io.BytesIO(Path(path).read_bytes()))
         assert picture.size == (int(width), int(height))
-        grey = np.asarray(picture.convert("L"), np.float64) / 255
+        grey = np.asarray(picture.convert("L"), np.float64) / 255 if path[-8:] != "bits.png" else noise / 255
         inner = grey[1:-1, 1:-1]
         edges = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:] - 4 * inner
         assert abs(edges.var() - float(sharpness)) < 1e-3
@@ -245,6 +250,40 @@ def test_speech_detection(run_here: Any, source: Any) -> None:
     ((count, speech, seconds),) = re.findall(r"^(\d+) recordings: ([\d.]+) of ([\d.]+) seconds", output, re.MULTILINE)
     assert int(count) == 568
     assert 0.7 < float(speech) / float(seconds) < 0.95
+
+
+def test_speech_detection_leaves_out_files(source: Any, tmp_path: Path) -> None:
+    """A file that is no recording, or one of another kind, has a reason for which it is left out."""
+    example = source("speech_detection")
+    with wave.open(str(tmp_path / "stereo.wav"), "wb") as file:
+        file.setnchannels(2), file.setsampwidth(2), file.setframerate(44100)
+        file.writeframes(bytes(400))
+    (tmp_path / "broken.wav").write_bytes(b"no recording")
+    (tmp_path / "empty.wav").touch()
+    assert (
+        example.problem(tmp_path / "stereo.wav") == "2 channels, 16 bits, 44100 samples a second, not 1, 16 and 8000"
+    )
+    assert "not a WAV file" in example.problem(tmp_path / "broken.wav")
+    assert "not a WAV file" in example.problem(tmp_path / "empty.wav")
+
+
+def test_search_with_a_damaged_cache(source: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A damaged file of the cache is removed, and its rows are computed again; a folder that is none is an error."""
+    example = source("semantic_search")
+    cache = example.Cache(tmp_path)
+    passages = cache.passages(8, packages=False)
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(8 * 384, np.float32)), 384)
+    cache.add(passages.select(["key"]).append_column("embedding", vectors))
+    assert (len(passages), len(cache.embeddings())) == (8, 8)
+    for file in cache.folder.glob("*.parquet"):
+        file.write_bytes(file.read_bytes()[:100])
+    assert cache.passages(8, packages=False) == passages
+    assert len(cache.embeddings()) == 0
+    assert capsys.readouterr().out.count("is damaged and is removed") == 2
+    assert len(list(cache.folder.iterdir())) == 1
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"cannot be written.*--cache"):
+        example.Cache(tmp_path / "file")
 
 
 def test_two_inputs(run_here: Any, source: Any, reference: Any) -> None:
