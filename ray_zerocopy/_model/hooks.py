@@ -72,15 +72,31 @@ def warn_of_filled_globals(root: object, modules: Iterable[torch.nn.Module], by_
         by_value: The functions in it that travel by value.
     """
     hooks = [(module, function) for module in modules for function in _hooks_of(module)]
-    known = {id(function) for _, function in hooks}
+    known = {id(called) for _, function in hooks for called in _called_by(function)}
     for module, function in hooks:
         if is_found_by_name(function) or travels_by_name(function.__module__ or ""):
             continue
         others = [other for other in by_value if id(other) not in known and other.__globals__ is function.__globals__]
-        for filled in sorted(filled_names(function.__code__)):
-            name = _name_of_global(function, filled)
-            if name and not any(name in global_names(other.__code__) for other in others):
-                _warn(root, module, function, name)
+        used = {name for other in others for called in _called_by(other) for name in global_names(called.__code__)}
+        filled = {
+            _name_of_global(called, name) for called in _called_by(function) for name in filled_names(called.__code__)
+        }
+        for name in sorted(filled - used - {""}):
+            _warn(root, module, function, name)
+
+
+def _called_by(function: types.FunctionType) -> list[types.FunctionType]:
+    """Return a function and those of the same script that it names, and that these name."""
+    found = {function: None}
+    pending = [function]
+    while pending:
+        for name in global_names(pending.pop().__code__):
+            called = function.__globals__.get(name)
+            if isinstance(called, types.FunctionType) and called.__globals__ is function.__globals__:
+                if called not in found:
+                    found[called] = None
+                    pending.append(called)
+    return list(found)
 
 
 def _hooks_of(module: torch.nn.Module) -> Iterator[types.FunctionType]:

@@ -20,9 +20,8 @@ from .objects import default_state, has_default_reduce, set_default_state
 from .operators import (
     note_graph_operators,
     note_script_operators,
-    pytree_registrations,
-    register_pytree_types,
 )
+from .pytrees import pytree_registrations, register_pytree_types
 from .script.write import reduce_script
 
 __all__ = ["flatten_rnns", "new_object", "set_module_state"]

@@ -1,4 +1,4 @@
-"""Operators and pytree types that a model uses, and the modules that register them.
+"""Operators that a model uses, and the modules that register them.
 
 An operator is known to torch only after its module was imported, or its library loaded. So a model has a list of
 both, which a worker imports before it rebuilds the model (`imports.py`).
@@ -6,7 +6,6 @@ both, which a worker imports before it rebuilds the model (`imports.py`).
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dis
 import functools
@@ -20,7 +19,6 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch.utils import _pytree
 
 from .imports import Import, has_operator, is_library, missing_operator_error
 from .kinds import Refusal, Walk, reduces
@@ -33,8 +31,6 @@ __all__ = [
     "note_code_operators",
     "note_graph_operators",
     "note_script_operators",
-    "pytree_registrations",
-    "register_pytree_types",
 ]
 
 _ops: Any = torch._ops
@@ -434,43 +430,3 @@ def _new_definition(
     if state["_vmap_fn"] is not None:
         definition.register_vmap(state["_vmap_fn"])
     return definition
-
-
-# ---------------------------------------------------------------- pytree types
-
-
-def pytree_registrations(specs: Iterable[Any]) -> list[tuple[Any, ...]]:
-    """Return how the types in some TreeSpecs are registered as pytree nodes, for `register_pytree_types`."""
-    kinds: dict[type, None] = {}
-    pending = list(specs)
-    while pending:
-        spec = pending.pop()
-        pending += spec.children()
-        # A namedtuple has the type `namedtuple`, and its class as context.
-        kind = spec.context if spec.type is collections.namedtuple else spec.type
-        if isinstance(kind, type) and kind not in _pytree.BUILTIN_TYPES:
-            kinds[kind] = None
-    return [
-        (*_pytree.SUPPORTED_NODES[kind], *_pytree.SUPPORTED_SERIALIZED_TYPES[kind][1:])
-        for kind in kinds
-        if kind in _pytree.SUPPORTED_NODES and not (kind.__module__ or "").startswith(("torch.", "collections"))
-    ]
-
-
-def register_pytree_types(nodes: Iterable[tuple[Any, ...]]) -> None:
-    """Register pytree nodes that this process does not have."""
-    for kind, flatten, unflatten, flatten_with_keys, serialized_name, to_dumpable, from_dumpable in nodes:
-        if kind in _pytree.SUPPORTED_NODES:
-            continue
-        if issubclass(kind, tuple) and hasattr(kind, "_fields"):
-            _pytree._register_namedtuple(kind, serialized_type_name=serialized_name)
-        else:
-            _pytree.register_pytree_node(
-                kind,
-                flatten,
-                unflatten,
-                serialized_type_name=serialized_name,
-                to_dumpable_context=to_dumpable,
-                from_dumpable_context=from_dumpable,
-                flatten_with_keys_fn=flatten_with_keys,
-            )

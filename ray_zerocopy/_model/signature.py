@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils import _pytree
 
-from .operators import pytree_registrations, register_pytree_types
+from .pytrees import pytree_registrations, register_pytree_types
 
 __all__ = ["BoundSignature", "ConstantInput", "Signature", "TensorInput", "signature_of"]
 

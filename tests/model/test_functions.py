@@ -927,6 +927,17 @@ FILLS = {
         """,
         r"hook make\.<locals>\.hook.*global 'store'",
     ),
+    "through_helpers": (
+        """
+        store = {}
+        def put(name, value): store[name] = value
+        def note(value): put("out", value)
+        def keep(module, args, output): note(output)
+        model = nn.Linear(2, 2)
+        model.register_forward_hook(keep)
+        """,
+        r"hook keep.*global 'store'",
+    ),
 }
 
 
@@ -945,9 +956,11 @@ def test_hooks_that_work_are_no_warning(two_actors: list[Any]) -> None:
         """
         CACHE, CONFIG = {}, {"scale": 2}
         def keep(module, args, output): module.kept["out"] = output * CONFIG["scale"]
-        def count(module, args, output): CACHE["calls"] = CACHE.get("calls", 0) + 1
+        def increase(): CACHE["calls"] = CACHE.get("calls", 0) + 1
+        def count(module, args, output): increase()
+        def read(): return CACHE["calls"]
         class Model(nn.Linear):
-            def calls(self): return CACHE["calls"]
+            def calls(self): return read()
         model = Model(2, 2)
         model.kept = {}
         model.register_forward_hook(keep)
