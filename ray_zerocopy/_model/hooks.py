@@ -71,18 +71,21 @@ def warn_of_filled_globals(root: object, modules: Iterable[torch.nn.Module], by_
         modules: The modules in it.
         by_value: The functions in it that travel by value.
     """
-    hooks = [(module, function) for module in modules for function in _hooks_of(module)]
-    known = {id(called) for _, function in hooks for called in _called_by(function)}
-    for module, function in hooks:
-        if is_found_by_name(function) or travels_by_name(function.__module__ or ""):
-            continue
-        others = [other for other in by_value if id(other) not in known and other.__globals__ is function.__globals__]
-        used = {name for other in others for called in _called_by(other) for name in global_names(called.__code__)}
-        filled = {
-            _name_of_global(called, name) for called in _called_by(function) for name in filled_names(called.__code__)
-        }
-        for name in sorted(filled - used - {""}):
-            _warn(root, module, function, name)
+    hooks: dict[types.FunctionType, torch.nn.Module] = {}
+    for module in modules:
+        for function in _hooks_of(module):
+            if not (is_found_by_name(function) or travels_by_name(function.__module__ or "")):
+                hooks.setdefault(function, module)
+    if not hooks:
+        return
+    known = {called for function in hooks for called in _called_by(function)}
+    others = {called for other in by_value if other not in known for called in _called_by(other)}
+    used = {(id(other.__globals__), name) for other in others for name in global_names(other.__code__)}
+    for function, module in hooks.items():
+        stores = [(called, name) for called in _called_by(function) for name in filled_names(called.__code__)]
+        for name in sorted({_name_of_global(called, name) for called, name in stores} - {""}):
+            if (id(function.__globals__), name) not in used:
+                _warn(root, module, function, name)
 
 
 def _called_by(function: types.FunctionType) -> list[types.FunctionType]:
@@ -92,10 +95,11 @@ def _called_by(function: types.FunctionType) -> list[types.FunctionType]:
     while pending:
         for name in global_names(pending.pop().__code__):
             called = function.__globals__.get(name)
-            if isinstance(called, types.FunctionType) and called.__globals__ is function.__globals__:
-                if called not in found:
-                    found[called] = None
-                    pending.append(called)
+            if not isinstance(called, types.FunctionType) or called.__globals__ is not function.__globals__:
+                continue
+            if called not in found:
+                found[called] = None
+                pending.append(called)
     return list(found)
 
 
