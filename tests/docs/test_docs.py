@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import doctest
 import importlib
-import os
 import pkgutil
 import re
 import subprocess
@@ -12,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from as_main import run_as_main
 
 import ray_zerocopy
 
@@ -66,13 +66,9 @@ def test_doctests(name: str, ray_session: None) -> None:
 
 
 @pytest.mark.parametrize("path", [d for d in DOCUMENTS if fences(d)], ids=lambda path: path.name)
-def test_fences_run(path: Path, tmp_path: Path) -> None:
-    """The Python fences of a document run one after the other in one new process."""
+def test_fences_run(path: Path, tmp_path: Path, ray_session: None) -> None:
+    """The Python fences of a document run one after the other, as one script."""
     code = "\n".join(fences(path))
     script = tmp_path / "fences.py"
     script.write_text(code)
-    environment = {**os.environ, "RAY_ADDRESS": "local"}  # a new Ray, also beside others on this machine
-    done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, timeout=400, check=False, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_as_main(script)

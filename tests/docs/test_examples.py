@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 import io
@@ -21,9 +20,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 import sklearn
 import torch
+from as_main import run_as_main
 from PIL import Image
 from ports import free_port
 
@@ -142,7 +141,7 @@ def test_search_stops_in_time(source: Any, tmp_path: Path) -> None:
 @pytest.fixture
 def run_here(ray_session: None) -> Any:
     """Run an example in the Ray session of all tests, because starting one for each takes most of the time."""
-    return functools.partial(run, RAY_ADDRESS=ray.get_runtime_context().gcs_address)
+    return lambda path, *arguments: run_as_main(ROOT / path, *arguments)
 
 
 @pytest.fixture

@@ -98,8 +98,10 @@ def test_a_childs_exit_releases_nothing(load: Any, act: Any, two_actors: list[An
 
 def use_pool(kept: dict[str, Any], ref: list[ModelRef]) -> list[float]:
     kept["model"] = load_model_in_actor(ref.pop())
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        pool.map(int, range(10))
+    pool = multiprocessing.get_context("fork").Pool(2)
+    pool.map(int, range(10))
+    pool.close()  # not terminate(): a child can miss the signal just before it waits, and terminate() then hangs
+    pool.join()
     fill_store(2 << 30)
     weight = kept.pop("model").weight
     return [float(weight.min()), float(weight.max())]
