@@ -218,7 +218,7 @@ def test_errors_that_are_no_text(error: Exception, said: str, sort_by: Any) -> N
             return super().preprocess(batch)
 
     predictor = Fails(on_error="null", sort_by=sort_by)
-    rows = pa.table(batch_runner(predictor).run(predictor, texts("a", "bad", "c")))
+    rows = pa.table(batch_runner(type(predictor).__name__).run(predictor, texts("a", "bad", "c")))
     assert [row is None for row in rows["error"].to_pylist()] == [True, False, True]
     assert re.fullmatch(said, rows["error"][1].as_py())
 
@@ -239,7 +239,7 @@ def test_cells_that_are_matrices() -> None:
     batch = texts("a", "bbbb", "!", "cc")
     for options in ({"on_error": "null"}, {"on_error": "null", "sort_by": "text", "micro_batch_tokens": 4}):
         predictor = Matrices(**options)
-        rows = batch_runner(predictor).run(predictor, batch)
+        rows = batch_runner(type(predictor).__name__).run(predictor, batch)
         assert [rows["text"][row].as_py() for row in (0, 1, 3)] == ["a", "bbbb", "cc"]
         cells = [np.asarray(cell) for chunk in rows["m"].chunks for cell in chunk.to_numpy()]
         assert [int(cell.flat[0]) for row, cell in enumerate(cells) if row != 2] == [1, 4, 2]
@@ -257,7 +257,7 @@ def test_two_columns_of_one_name(options: dict[str, Any], form: str) -> None:
 
     predictor = Twice(**options)
     with pytest.raises(ValueError, match="returned two columns named 'text'"):
-        batch_runner(predictor).run(predictor, texts("a", "b"))
+        batch_runner(type(predictor).__name__).run(predictor, texts("a", "b"))
 
 
 def test_columns_of_pandas_with_nulls() -> None:
