@@ -27,7 +27,7 @@ def run_as_main(script: Path, *arguments: str) -> str:
     module.__file__ = str(script)
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(), contextlib.redirect_stdout(printed):
-        warnings.simplefilter("default")
+        warnings.simplefilter("ignore")
         patch.setitem(sys.modules, "__main__", module)
         patch.setattr(sys, "argv", [str(script), *arguments])
         patch.syspath_prepend(str(script.parent))
