@@ -321,7 +321,7 @@ def cores() -> int:
 
 def print_progress(done: int, count: int, seconds: float) -> None:
     left = (count - done) * seconds / done
-    print(f"  {done} of {count} passages embedded, {done / seconds:.0f} a second, {left:.0f} s left", flush=True)
+    print(f"  {done} of {count} passages embedded, {done / seconds:.1f} a second, {left:.0f} s left", flush=True)
 
 
 def nearest(query: str, passages: pa.Table, embeddings: pa.Table, count: int = 5) -> list[dict]:
@@ -412,9 +412,11 @@ def main() -> None:
 
     run = None
     if len(missing):
-        ray.init(include_dashboard=False)
+        ray.init(
+            "local", include_dashboard=False
+        )  # not a cluster that runs already: the texts and the cache are here
         model_ref = prepare_model_for_actors(load_model())
-        run = Run(cache, options.actors or cores())
+        run = Run(cache, options.actors or min(cores(), -(-len(missing) // 64)))  # no actor without a batch
         until = float("inf") if options.all else BEGIN + options.seconds - RESERVE
         try:
             run.embed(missing, model_ref, until)

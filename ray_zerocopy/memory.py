@@ -201,7 +201,8 @@ class PoolMemory:
         for p in self.processes:
             rows.append([f"{p.name} {p.pid}", *(_format(getattr(p, column)) for column in columns)])
         total = [sum(getattr(p, column) or 0 for p in self.processes) for column in columns]
-        rows.append([f"{len(self.processes)} processes", *map(format_bytes, total)])
+        count = len(self.processes)
+        rows.append([f"{count} process{'es' * (count != 1)}", *map(format_bytes, total)])
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = [
             "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
@@ -210,7 +211,7 @@ class PoolMemory:
         lines.insert(-1, "-" * len(lines[0]))
         lines.append(
             f"weights: {format_bytes(self.stored)} once in the object store; "
-            f"{len(self.processes)} separate copies would take {format_bytes(self.copies)}"
+            f"{count} separate cop{'y' if count == 1 else 'ies'} would take {format_bytes(self.copies)}"
         )
         not_isolated = [str(p.pid) for p in self.processes if not p.isolated]
         if not_isolated:
@@ -327,7 +328,8 @@ def _measure_node(model_ref: ModelRef) -> tuple[list[_Measured], int]:
         try:
             spans, marked = model_spans(regions(pid), wanted)
             if any(covers(span, wanted.values()) for span in (*spans, *marked)):
-                return _measure(node, pid, wanted)
+                measured = _measure(node, pid, wanted)  # reads the regions again: the model may be gone by then
+                return measured if any(covers(span, wanted.values()) for span in measured[1]) else False
         except PermissionError:
             return _title(pid).startswith("ray::")
         except OSError:  # the process ended
