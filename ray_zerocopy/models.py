@@ -178,7 +178,8 @@ class NamedModel:
         made = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.created))
         return (
             f"{self.name}: {self.class_name}, {format_bytes(self.nbytes)}, owner on node {self.node[:8]}, "
-            f"{self.processes} process{'es' * (self.processes != 1)}, made {made}{f' by {self.loader}' if self.loader else ''}"
+            f"{self.processes} process{'es' * (self.processes != 1)}, made {made}"
+            f"{f' by {self.loader}' if self.loader else ''}"
         )
 
 
