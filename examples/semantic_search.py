@@ -412,9 +412,7 @@ def main() -> None:
 
     run = None
     if len(missing):
-        ray.init(
-            "local", include_dashboard=False
-        )  # not a cluster that runs already: the texts and the cache are here
+        ray.init("local", include_dashboard=False)  # the texts and the cache are on this machine
         model_ref = prepare_model_for_actors(load_model())
         run = Run(cache, options.actors or min(cores(), -(-len(missing) // 64)))  # no actor without a batch
         until = float("inf") if options.all else BEGIN + options.seconds - RESERVE
