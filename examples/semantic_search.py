@@ -54,7 +54,8 @@ BLOCKS = ("body", "orelse", "finalbody", "handlers", "cases")  # the fields of a
 Definition = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 MIB = 2**20
 BEGIN = time.perf_counter() - time.process_time()  # before the imports
-BATCH = 1024  # rows that are sorted together
+BATCH = 1024  # rows that are sorted together, or fewer, so that all actors have work
+LEAST = 64  # rows of a batch
 TOKENS = 4096  # rows times longest length that the model gets at a time
 RESERVE = 6.0  # seconds that the answer takes after the last batch
 
@@ -257,7 +258,7 @@ class Run:
 
     def embed(self, passages: pa.Table, model_ref: ModelRef, until: float) -> None:
         """Embed passages and add them to the cache batch by batch, until all are done or the time is over."""
-        size = max(64, min(BATCH, len(passages) // (4 * self.actors)))  # enough batches for every actor
+        size = max(LEAST, min(BATCH, len(passages) // (4 * self.actors)))  # enough batches for every actor
         blocks = [passages.select(["key", "text"]).slice(row, size) for row in range(0, len(passages), size)]
         context = ray.data.DataContext.get_current()
         context.wait_for_min_actors_s = 600  # wait until all actors are ready
@@ -414,7 +415,7 @@ def main() -> None:
     if len(missing):
         ray.init("local", include_dashboard=False)  # the texts and the cache are on this machine
         model_ref = prepare_model_for_actors(load_model())
-        run = Run(cache, options.actors or min(cores(), -(-len(missing) // 64)))  # no actor without a batch
+        run = Run(cache, options.actors or min(cores(), -(-len(missing) // LEAST)))  # no actor without a batch
         until = float("inf") if options.all else BEGIN + options.seconds - RESERVE
         try:
             run.embed(missing, model_ref, until)

@@ -59,7 +59,10 @@ def as_table(rows: Any) -> pa.Table:
 
 def check_names(rows: Any, name: str) -> None:
     """Raise if two columns of a table or a DataFrame have the same name: nothing can tell them apart."""
-    names = list(rows.columns) if is_pandas(rows) else rows.column_names
+    _check_unique(list(rows.columns) if is_pandas(rows) else rows.column_names, name)
+
+
+def _check_unique(names: list[Any], name: str) -> None:
     if twice := [column for column in names if names.count(column) > 1]:
         raise ValueError(
             f"{name}.postprocess returned two columns named '{twice[0]}'. Give each column another name."
@@ -104,10 +107,9 @@ def to_rows(rows: Any, name: str) -> Any:
             f"{name}.postprocess returned {described(rows)}. Return a pyarrow.Table, or a mapping from column "
             f"name to array or tensor, such as {{'prediction': outputs}}."
         )
+    _check_unique([str(key) for key in rows], name)
     columns: dict[str, Any] = {}
     for key, value in rows.items():
-        if str(key) in columns:
-            raise ValueError(f"{name}.postprocess returned two columns named '{key}'. Give each column another name.")
         columns[str(key)] = _to_column(value, f"{name}.postprocess returned {described(value)} as column '{key}'")
     if len({len(column) for column in columns.values()}) > 1:
         lengths = ", ".join(f"{key} has {len(column)}" for key, column in columns.items())

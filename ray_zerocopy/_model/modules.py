@@ -17,10 +17,7 @@ from torch.nn.utils import parametrize
 
 from .kinds import Refusal, Walk, reduces
 from .objects import default_state, has_default_reduce, set_default_state
-from .operators import (
-    note_graph_operators,
-    note_script_operators,
-)
+from .operators import note_graph_operators, note_script_operators
 from .pytrees import pytree_registrations, register_pytree_types
 from .script.write import reduce_script
 

@@ -142,7 +142,7 @@ def test_list_models(named: ModelRef, two_actors: list[Any]) -> None:
     """The list has name, class, bytes, node, and how many processes have the model mapped."""
     listed = prepare_model_for_actors(filled(1.0), name="listed")
     ray.get([actor.run_kept.remote(load_kept, listed) for actor in two_actors])
-    for _ in range(10):  # a process that forks at this moment is counted twice
+    for _ in range(10):  # CI once counted a third process; why is not known
         (found,) = [model for model in list_models() if model.name == "listed"]
         if found.processes == 2:
             break
