@@ -45,6 +45,19 @@ def check_not_async(options: Any, name: str) -> None:
                 )
 
 
+def check_no_generator(options: Any, base: type, name: str) -> None:
+    """Raise TypeError if `preprocess` or `predict` yields, and the next method is the default one."""
+    for method, next_method in (("preprocess", "predict"), ("predict", "postprocess")):
+        follows = getattr(options, next_method)
+        if getattr(follows, "__func__", follows) is getattr(base, next_method) and inspect.isgeneratorfunction(
+            getattr(options, method)
+        ):
+            raise TypeError(
+                f"{name}.{method} is a generator, and {next_method} cannot use one. Return one value for the batch. "
+                f"Only postprocess may yield: each table that it yields becomes rows."
+            )
+
+
 def check_complete(options: Any, cls: type, base: type) -> None:
     """Raise TypeError unless each method of `cls` is written or replaced by an option.
 
@@ -52,6 +65,7 @@ def check_complete(options: Any, cls: type, base: type) -> None:
     """
     name = class_name(cls)
     check_not_async(options, name)
+    check_no_generator(options, base, name)
     for method, signature, option in (
         ("preprocess", "(self, batch)", "input_columns=['x']"),
         ("postprocess", "(self, outputs, batch)", "output_column='prediction'"),
@@ -93,6 +107,7 @@ def _refused_options(
 def bind(cls: Any, base: type, model_ref: Any, options: dict[str, Any]) -> Any:
     """Return a subclass of `cls` with a model and options bound to it; see `ZeroCopyPredictor.using`."""
     check_not_async(cls, class_name(cls))
+    check_no_generator(cls, base, class_name(cls))
     signature = inspect.signature(cls)
     accepts = signature.parameters.values()
     # A constructor that takes model_ref gets the model. Any other reads the class attribute.

@@ -34,11 +34,26 @@ def to_arrow(batch: Any, name: str) -> pa.Table:
                 f"passes batches of rows, not in ds.map or ds.flat_map, which pass single rows."
             ) from error
     if is_pandas(batch):
-        return BlockAccessor.for_block(batch).to_arrow()
+        try:
+            return BlockAccessor.for_block(batch).to_arrow()
+        except (pa.ArrowException, TypeError):  # a column that Arrow cannot hold, or a name that is not text
+            columns = {str(label): _pandas_to_arrow(batch.iloc[:, [i]]) for i, label in enumerate(batch.columns)}
+            return pa.table(columns)
     raise TypeError(
         f"{name} got a batch of type {type(batch).__module__}.{type(batch).__qualname__}, which is not a "
         f"batch format of Ray Data. Use it in ds.map_batches(..., batch_format='pyarrow')."
     )
+
+
+def _pandas_to_arrow(frame: Any) -> pa.ChunkedArray:
+    """Return the one column of a DataFrame. Ray Data pickles what Arrow cannot hold, as in numpy batches."""
+    from ray.data.block import BlockAccessor
+
+    frame = frame.set_axis(["column"], axis=1)
+    try:
+        return BlockAccessor.for_block(frame).to_arrow().column(0)
+    except (pa.ArrowException, TypeError):
+        return BlockAccessor.batch_to_arrow_block({"column": frame["column"].to_numpy()}).column(0)
 
 
 def is_pandas(value: Any) -> bool:

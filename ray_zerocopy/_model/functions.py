@@ -16,12 +16,14 @@ import typing
 from collections.abc import Callable
 from typing import Any, cast
 
+from torch.distributions.transforms import Transform, _InverseTransform
+
 from .compiled import is_compiled, reduce_compiled
 from .kinds import Refusal, Walk, reduces
 from .modules import new_object
 from .names import is_found_by_name, travels_by_name
 
-__all__ = ["rebuild_lru_cache"]
+__all__ = ["invert", "rebuild_lru_cache"]
 
 
 # ---------------------------------------------------------------- caches
@@ -124,3 +126,15 @@ def _reduce_new_type(kind: Any, walk: Walk) -> Any:
     if is_found_by_name(kind):
         return NotImplemented
     return typing.NewType, (kind.__name__, kind.__supertype__), {"__module__": kind.__module__}
+
+
+# ---------------------------------------------------------------- transforms of distributions
+
+
+@reduces(_InverseTransform)
+def _reduce_inverse(inverse: Any, walk: Walk) -> Any:
+    return invert, (inverse._inv,)  # torch's own state leaves out the transform that is inverted
+
+
+def invert(transform: Transform) -> Transform:
+    return transform.inv

@@ -133,6 +133,7 @@ def _take_apart(obj: object, objects: Sequence[object], options: Options, import
             pickler.dump(list(definitions.values()))
             pickler.dump(obj)
             pickler.note_operators()
+            pickler.note_registrations()
             if pickler.definitions.keys() - definitions.keys():
                 definitions.update(pickler.definitions)
                 continue
@@ -155,6 +156,7 @@ def _take_apart(obj: object, objects: Sequence[object], options: Options, import
         else:
             if not options.local_model_types:
                 warn_of_filled_globals(obj, pickler.modules, pickler.functions)
+                pickler.warn_of_replaced_methods()
             return Parts(
                 stream.getvalue(),
                 pickler.tensors,

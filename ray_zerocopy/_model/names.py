@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import io
+import os
 import pickletools
 import sys
 import threading
@@ -59,6 +60,8 @@ def travels_by_name(module: str) -> bool:
 def _travels_by_name(module: types.ModuleType) -> bool:
     if module.__name__ == "__main__" or not _can_be_imported(module.__name__.partition(".")[0]):
         return False
+    if _is_generated(module.__name__):
+        return False
     return bool(cloudpickle._should_pickle_by_reference(module))
 
 
@@ -87,6 +90,33 @@ def _is_on_path(package: str) -> bool:
         return True
 
 
+_generated: dict[str, bool] = {}
+
+
+def _is_generated(module: str) -> bool:
+    """Tell whether a module of a package was made at run time, from a source file that is not in the package.
+
+    Example: torch_geometric writes a module for each `Sequential`, whose name has a random part.
+    """
+    known = _generated.get(module)
+    if known is None and module in sys.modules:
+        known = _generated[module] = _has_foreign_file(module)
+    return bool(known)
+
+
+def _has_foreign_file(name: str) -> bool:
+    package = sys.modules.get(name.rpartition(".")[0])
+    file = getattr(sys.modules.get(name), "__file__", None) or ""
+    folders = getattr(package, "__path__", None)
+    if folders is None or not file.endswith(".py") or any(file.startswith(folder + os.sep) for folder in folders):
+        return False
+    try:
+        found = [f.find_spec(name, folders) for f in sys.meta_path if hasattr(f, "find_spec")]
+    except Exception:  # a finder of somebody else's
+        return False
+    return not any(found)
+
+
 class ByValueModules:
     """The packages that travel by value while `pickle_modules_by_value` runs."""
 
@@ -101,6 +131,10 @@ class ByValueModules:
             self._checked.add(package)
             if package != "__main__" and not _can_be_imported(package):
                 self.add(package)
+        if isinstance(module, str) and module not in self._checked:
+            self._checked.add(module)
+            if package not in self._added and _is_generated(module):
+                self.add(module)
 
     def add(self, name: str) -> None:
         with _lock:

@@ -23,7 +23,9 @@ from .imports import Import
 from .kinds import Reduce, Refusal, belongs_to_process, has_default_reduce, reducer_for
 from .names import ByValueModules, is_found_by_name, is_importable_global, pickled_names
 from .objects import lacks_arguments
+from .patches import warn_of_replaced_methods
 from .paths import pickled_children, walk
+from .registries import find_registrations
 from .script.archive import KeepFlags
 from .script.identity import RestartPickle, Scripts
 from .tensors import is_plain
@@ -62,7 +64,7 @@ class Options:
         self.local_model_types = local_model_types
         # By id of an object in a module's globals: the module and name if it is pickled by name, or None.
         self.module_level: dict[int, tuple[str, str] | None] = {}
-        self._root = root
+        self.root = root
 
     def is_reachable(self, part: object) -> bool:
         """Tell whether a part is held by the graph, not only by weak references."""
@@ -72,7 +74,7 @@ class Options:
     @functools.cached_property
     def _reachable(self) -> dict[int, Any]:
         # With the parts, so that no id is used again: a state that `__getstate__` returns may be new objects.
-        return {id(part): part for _, part in walk(self._root, children_of=pickled_children)}
+        return {id(part): part for _, part in walk(self.root, children_of=pickled_children)}
 
 
 class Pickler(CloudPickler):  # type: ignore[misc]
@@ -135,6 +137,16 @@ class Pickler(CloudPickler):  # type: ignore[misc]
         """Note the operators that the code of the modules' classes calls."""
         if self._reads_code:
             operators.note_class_operators(self, {type(module) for module in self.modules} | self._types)
+
+    def note_registrations(self) -> None:
+        """Note the functions of the driver that the modules use by a name in a registry of transformers."""
+        if not self.options.local_model_types:
+            self.definitions.update(find_registrations(self.modules))
+
+    def warn_of_replaced_methods(self) -> None:
+        """Warn of classes whose methods the script has replaced."""
+        name = type(self.options.root).__qualname__
+        warn_of_replaced_methods(name, self._types, self.options.by_value.names())
 
     def check_names(self) -> None:
         """Raise Refusal if the pickle refers to something in this process by a name that no worker finds."""

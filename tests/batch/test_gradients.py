@@ -263,6 +263,35 @@ def test_async_methods_are_refused_where_the_class_is_bound(
             make()
 
 
+class YieldsInputs(AddOne):
+    def preprocess(self, batch: pa.Table) -> Any:
+        yield super().preprocess(batch)
+
+
+class YieldsOutputs(ZeroCopyPredictor):
+    def predict(self, inputs: Any) -> Any:
+        yield from inputs
+
+
+class ReadsGenerator(YieldsInputs):
+    """Yields, and reads what it yields."""
+
+    def predict(self, inputs: Any) -> Any:
+        return super().predict(next(inputs))
+
+
+def test_generators_that_nothing_reads_are_refused(model_ref: ModelRef) -> None:
+    """A generator in the place of inputs or outputs is a TypeError, unless the next method of the class reads it."""
+    for make in (YieldsInputs.using, YieldsInputs):
+        with pytest.raises(TypeError, match=r"YieldsInputs\.preprocess is a generator, and predict cannot use one"):
+            make(model_ref)
+    options = {"input_columns": "x", "output_column": "y"}
+    for make in (YieldsOutputs.using, YieldsOutputs):
+        with pytest.raises(TypeError, match=r"YieldsOutputs\.predict is a generator, and postprocess cannot use one"):
+            make(model_ref, **options)
+    assert ReadsGenerator(model_ref)(pa.table({"x": [1.0]}))["y"].to_pylist() == [2.0]
+
+
 def test_async_methods_of_an_instance(model_ref: ModelRef) -> None:
     """An async method that a constructor sets is refused by the constructor."""
     with pytest.raises(TypeError, match=r"SetsAsync\.predict is an async function"):

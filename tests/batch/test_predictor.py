@@ -34,7 +34,6 @@ from predictors import (
 )
 from ray.data import ActorPoolStrategy
 from torch import nn
-from torch._dynamo.utils import counters
 from transformers import BatchEncoding
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -196,6 +195,25 @@ def predictor(form: str, model_ref: ModelRef) -> Formats:
 
 
 BATCH = {"x": np.arange(5)}
+
+
+STRANGE = {
+    "complex": np.array([1j, 2, 3], np.complex64),
+    "other_byte_order": np.array([1, 2, 3], ">i4"),
+    "long_double": np.array([1, 2, 3], np.longdouble),
+    "sets": [{1}, {2}, {3}],
+}
+
+
+@pytest.mark.parametrize("column", STRANGE)
+@pytest.mark.parametrize("label", ["c", 0])
+def test_columns_of_pandas_that_arrow_cannot_hold(column: str, label: Any, model_ref: ModelRef) -> None:
+    """A column that the model does not use passes or is dropped; others keep their nulls. Names may be numbers."""
+    frame = pd.DataFrame({"x": [1.0, 2.0, 3.0], "n": pd.array([1, None, 3], "Int64"), label: STRANGE[column]})
+    rows = AddOne(model_ref)(frame)
+    assert rows["y"].to_pylist() == [2.0, 3.0, 4.0]
+    assert rows["n"].to_pylist() == [1, None, 3]
+    assert [value == STRANGE[column][i] for i, value in enumerate(rows[str(label)].to_pylist())] == [True] * 3
 
 
 @pytest.mark.parametrize("form", ["record_batch", "arrays", "bf16", "bf16_list", "fp8", "gradient"])
@@ -689,6 +707,8 @@ def large_tensors(nbytes: int) -> set[int]:
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch, of itself
 def test_compile_keeps_the_weights_shared(ray_session: None) -> None:
     """A model compiled by inductor gives the same, on the shared weights, with no second copy of them."""
+    from torch._dynamo.utils import counters  # takes seconds to import, in each worker that imports this file
+
     model = nn.Sequential(nn.Linear(64, 517), nn.ReLU(), nn.Linear(517, 3)).eval()
     table = pa.table({"x": pa.FixedSizeListArray.from_arrays(pa.array(np.ones(640, np.float32)), 64)})
     predictor = ZeroCopyPredictor(
