@@ -201,7 +201,6 @@ STRANGE = {
     "complex": np.array([1j, 2, 3], np.complex64),
     "other_byte_order": np.array([1, 2, 3], ">i4"),
     "long_double": np.array([1, 2, 3], np.longdouble),
-    "sets": [{1}, {2}, {3}],
 }
 
 

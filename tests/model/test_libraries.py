@@ -1,4 +1,4 @@
-"""What a driver changes in a library, and state that torch drops: registries, methods, generated modules, inverses."""
+"""What a driver changes in a library, and what torch drops: registries, methods, generated modules, inverses."""
 
 from __future__ import annotations
 
