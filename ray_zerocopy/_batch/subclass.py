@@ -31,31 +31,31 @@ def overridden_methods(cls: type, base: type) -> list[str]:
     return [method for method in ("preprocess", "postprocess") if getattr(cls, method) is not getattr(base, method)]
 
 
-def check_not_async(options: Any, name: str) -> None:
-    """Raise TypeError if `options`, an instance or a class, has an async method."""
+def check_methods(options: Any, base: type, name: str) -> None:
+    """Raise TypeError if a method of `options`, an instance or a class, is async or yields what nothing reads."""
     for method in ("preprocess", "predict", "postprocess", "__call__", "sort_by", "warmup"):
-        function = getattr(options, method, None)
-        partial = getattr(inspect.getattr_static(options, method, None), "func", None)  # of a partialmethod
-        for code in (function, partial, vars(type(function)).get("__call__")):
+        for code in _functions_of(options, method):
             if inspect.iscoroutinefunction(code) or inspect.isasyncgenfunction(code):
                 kind = "an async generator" if inspect.isasyncgenfunction(code) else "an async function"
                 raise TypeError(
                     f"{name}.{method} is {kind}, and nothing awaits it: each method of a ZeroCopyPredictor is an "
                     f"ordinary function. Write def {method}(...), and run coroutines in it: asyncio.run(main())."
                 )
-
-
-def check_no_generator(options: Any, base: type, name: str) -> None:
-    """Raise TypeError if `preprocess` or `predict` yields, and the next method is the default one."""
     for method, next_method in (("preprocess", "predict"), ("predict", "postprocess")):
         follows = getattr(options, next_method)
-        if getattr(follows, "__func__", follows) is getattr(base, next_method) and inspect.isgeneratorfunction(
-            getattr(options, method)
-        ):
+        is_default = getattr(follows, "__func__", follows) is getattr(base, next_method)
+        if is_default and any(inspect.isgeneratorfunction(code) for code in _functions_of(options, method)):
             raise TypeError(
                 f"{name}.{method} is a generator, and {next_method} cannot use one. Return one value for the batch. "
                 f"Only postprocess may yield: each table that it yields becomes rows."
             )
+
+
+def _functions_of(options: Any, method: str) -> tuple[Any, Any, Any]:
+    """Return a method, what a partialmethod in its place calls, and what an object in its place calls."""
+    held = getattr(options, method, None)
+    partial = getattr(inspect.getattr_static(options, method, None), "func", None)
+    return held, partial, vars(type(held)).get("__call__")
 
 
 def check_complete(options: Any, cls: type, base: type) -> None:
@@ -64,8 +64,7 @@ def check_complete(options: Any, cls: type, base: type) -> None:
     `options` is an instance or a class. Raises ValueError if two options contradict each other.
     """
     name = class_name(cls)
-    check_not_async(options, name)
-    check_no_generator(options, base, name)
+    check_methods(options, base, name)
     for method, signature, option in (
         ("preprocess", "(self, batch)", "input_columns=['x']"),
         ("postprocess", "(self, outputs, batch)", "output_column='prediction'"),
@@ -106,8 +105,7 @@ def _refused_options(
 
 def bind(cls: Any, base: type, model_ref: Any, options: dict[str, Any]) -> Any:
     """Return a subclass of `cls` with a model and options bound to it; see `ZeroCopyPredictor.using`."""
-    check_not_async(cls, class_name(cls))
-    check_no_generator(cls, base, class_name(cls))
+    check_methods(cls, base, class_name(cls))
     signature = inspect.signature(cls)
     accepts = signature.parameters.values()
     # A constructor that takes model_ref gets the model. Any other reads the class attribute.

@@ -1,13 +1,21 @@
-"""What cloudpickle loses of a class that travels by value: states and aliases of enum members, private slots."""
+"""Classes: the functions in them, and what cloudpickle loses of one that travels by value.
+
+cloudpickle loses states and aliases of enum members, and gives private slots twice.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import functools
+import inspect
+import types
+from collections.abc import Iterator
 from typing import Any
 
 from ray.cloudpickle import cloudpickle
 
-__all__ = ["complete_class", "set_enum_state"]
+__all__ = ["complete_class", "functions_in", "set_enum_state"]
 
 # The attributes that Enum itself sets on a member.
 _OF_ENUM = frozenset({"_name_", "_value_", "__objclass__", "_sort_order_", "_inverted_"})
@@ -53,3 +61,23 @@ def set_enum_state(kind: Any, state: tuple[Any, ...]) -> Any:
     kind._member_map_.clear()
     kind._member_map_.update(ordered)
     return kind
+
+
+def functions_in(held: Any) -> Iterator[types.FunctionType]:
+    """Yield the functions of an attribute of a class: itself, of a descriptor, and those that decorators wrap."""
+    pending, seen = [held], set()
+    while pending:
+        value = pending.pop()
+        if id(value) in seen or isinstance(value, type):
+            continue
+        seen.add(id(value))
+        if isinstance(value, types.FunctionType):
+            yield value
+            for cell in value.__closure__ or ():
+                with contextlib.suppress(ValueError):  # an empty cell
+                    pending.append(cell.cell_contents)
+        if callable(value) or isinstance(value, (property, functools.cached_property, functools.partialmethod)):
+            for name in ("__func__", "__wrapped__", "func", "fget", "fset"):
+                wrapped = inspect.getattr_static(value, name, None)  # not getattr, which may call code of a proxy
+                slot = isinstance(wrapped, types.MemberDescriptorType) and isinstance(value, wrapped.__objclass__)
+                pending.append(wrapped.__get__(value) if slot else wrapped)

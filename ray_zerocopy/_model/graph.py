@@ -37,7 +37,6 @@ import torch
 from ..errors import ZeroCopyError
 from .deep import is_too_deep, run_deep
 from .gc_pause import pause_gc_to_import
-from .hooks import warn_of_filled_globals
 from .imports import Import
 from .modules import flatten_rnns, new_object, set_module_state
 from .names import missing_name_error, pickle_modules_by_value
@@ -154,9 +153,7 @@ def _take_apart(obj: object, objects: Sequence[object], options: Options, import
 
             raise unpicklable_error(obj, pickle_error, error) from error
         else:
-            if not options.local_model_types:
-                warn_of_filled_globals(obj, pickler.modules, pickler.functions)
-                pickler.warn_of_replaced_methods()
+            pickler.warn_of_unseen_changes()
             return Parts(
                 stream.getvalue(),
                 pickler.tensors,

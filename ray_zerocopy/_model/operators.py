@@ -6,10 +6,8 @@ both, which a worker imports before it rebuilds the model (`imports.py`).
 
 from __future__ import annotations
 
-import contextlib
 import dis
 import functools
-import inspect
 import mmap
 import os
 import re
@@ -20,6 +18,7 @@ from typing import Any
 
 import torch
 
+from .classes import functions_in
 from .imports import Import, has_operator, is_library, missing_operator_error
 from .kinds import Refusal, Walk, reduces
 from .names import travels_by_name
@@ -260,7 +259,7 @@ def note_class_operators(walk: Walk, kinds: Iterable[type]) -> None:
         for base in kind.__mro__
         if not _imports_itself(base.__module__, _TORCH if issubclass(kind, torch.nn.Module) else _TORCH | _LARGE)
     }
-    functions = [function for base in bases for held in vars(base).values() for function in _functions_in(held)]
+    functions = [function for base in bases for held in vars(base).values() for function in functions_in(held)]
     note_code_operators(walk, functions)
     modules = {base.__module__ for base in bases}
     for function in functions:
@@ -268,7 +267,7 @@ def note_class_operators(walk: Walk, kinds: Iterable[type]) -> None:
     for name in sorted(modules - {"__main__"}):
         held_here = vars(sys.modules.get(name, types)).values()
         own = [held for held in held_here if getattr(held, "__module__", "") == name]
-        note_code_operators(walk, [function for held in own for function in _functions_in(held)])
+        note_code_operators(walk, [function for held in own for function in functions_in(held)])
 
 
 _TORCH = frozenset({"torch", "builtins"})
@@ -289,24 +288,6 @@ def _modules_used_by(function: types.FunctionType) -> Iterator[str]:
         module = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None)
         if isinstance(module, str) and not _imports_itself(module, _TORCH | _LARGE):
             yield module
-
-
-def _functions_in(held: Any) -> Iterator[types.FunctionType]:
-    """Yield the functions of an attribute of a class: itself, of a descriptor, and those that decorators wrap."""
-    pending, seen = [held], set()
-    while pending:
-        value = pending.pop()
-        if id(value) in seen or isinstance(value, type):
-            continue
-        seen.add(id(value))
-        if isinstance(value, types.FunctionType):
-            yield value
-            for cell in value.__closure__ or ():
-                with contextlib.suppress(ValueError):  # an empty cell
-                    pending.append(cell.cell_contents)
-        if callable(value) or isinstance(value, (property, functools.cached_property, functools.partialmethod)):
-            for name in ("__func__", "__wrapped__", "func", "fget", "fset"):
-                pending.append(inspect.getattr_static(value, name, None))
 
 
 def has_foreign_operators() -> bool:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 from ..errors import warn
+from .classes import functions_in
 from .names import travels_by_name
 
 __all__ = ["warn_of_replaced_methods"]
@@ -21,21 +21,20 @@ def warn_of_replaced_methods(name: str, kinds: Iterable[type], packages: Collect
     """
     classes = dict.fromkeys(base for kind in kinds for base in kind.__mro__)
     for base in classes:
-        for attribute, function in _replaced(base, packages):
-            module = function.__globals__["__name__"]
-            warn(
-                f"{name} has a {base.__qualname__}, and {base.__qualname__}.{attribute} was replaced by a function "
-                f"of {module}. Workers import {base.__qualname__} from {base.__module__} with its own method. "
-                f"Write a subclass in your script, or replace the method in a module that workers can import, and "
-                f"pass imports=['that_module'] where the model is prepared."
-            )
+        if base.__module__ != "builtins" and travels_by_name(base.__module__):
+            for attribute, module in _replaced(base, packages):
+                warn(
+                    f"{name} has a {base.__qualname__}, and {base.__qualname__}.{attribute} was replaced by a "
+                    f"function of {module}. Workers import {base.__qualname__} from {base.__module__} with its own "
+                    f"method. Write a subclass in your script, or replace the method in a module that workers can "
+                    f"import, and pass imports=['that_module'] where the model is prepared."
+                )
 
 
-def _replaced(base: type, packages: Collection[str]) -> Iterator[tuple[str, types.FunctionType]]:
+def _replaced(base: type, packages: Collection[str]) -> Iterator[tuple[str, str]]:
+    """Yield the attributes of a class that hold a function of one of the packages, and the module of each."""
     for attribute, held in list(vars(base).items()):
-        function: Callable[..., object] = getattr(held, "__func__", held)  # of a static or class method
-        if not isinstance(function, types.FunctionType):
-            continue
-        package = str(function.__globals__.get("__name__", "")).partition(".")[0]
-        if package in packages and travels_by_name(base.__module__):
-            yield attribute, function
+        modules = (str(function.__globals__.get("__name__", "")) for function in functions_in(held))
+        module = next((module for module in modules if module.partition(".")[0] in packages), None)
+        if module is not None:
+            yield attribute, module

@@ -18,7 +18,7 @@ from ray.cloudpickle import CloudPickler
 
 from . import aoti, functions, operators, resources  # noqa: F401  # they register their kinds
 from .classes import complete_class
-from .hooks import filled_names
+from .hooks import filled_names, warn_of_filled_globals
 from .imports import Import
 from .kinds import Reduce, Refusal, belongs_to_process, has_default_reduce, reducer_for
 from .names import ByValueModules, is_found_by_name, is_importable_global, pickled_names
@@ -143,10 +143,13 @@ class Pickler(CloudPickler):  # type: ignore[misc]
         if not self.options.local_model_types:
             self.definitions.update(find_registrations(self.modules))
 
-    def warn_of_replaced_methods(self) -> None:
-        """Warn of classes whose methods the script has replaced."""
-        name = type(self.options.root).__qualname__
-        warn_of_replaced_methods(name, self._types, self.options.by_value.names())
+    def warn_of_unseen_changes(self) -> None:
+        """Warn of what the script changes in its modules and in classes of libraries, and workers do not see."""
+        if self.options.local_model_types:
+            return
+        root = self.options.root
+        warn_of_filled_globals(root, self.modules, self.functions)
+        warn_of_replaced_methods(type(root).__qualname__, self._types, self.options.by_value.names())
 
     def check_names(self) -> None:
         """Raise Refusal if the pickle refers to something in this process by a name that no worker finds."""

@@ -273,6 +273,23 @@ class YieldsOutputs(ZeroCopyPredictor):
         yield from inputs
 
 
+def yield_inputs(self: Any, batch: pa.Table, column: str) -> Any:
+    yield batch[column]
+
+
+class YieldsByPartial(AddOne):
+    preprocess = functools.partialmethod(yield_inputs, column="x")  # type: ignore[assignment]
+
+
+class YieldingObject:
+    def __call__(self, batch: pa.Table) -> Any:
+        yield batch
+
+
+class YieldsByObject(AddOne):
+    preprocess = YieldingObject()  # type: ignore[assignment]
+
+
 class ReadsGenerator(YieldsInputs):
     """Yields, and reads what it yields."""
 
@@ -282,9 +299,10 @@ class ReadsGenerator(YieldsInputs):
 
 def test_generators_that_nothing_reads_are_refused(model_ref: ModelRef) -> None:
     """A generator in the place of inputs or outputs is a TypeError, unless the next method of the class reads it."""
-    for make in (YieldsInputs.using, YieldsInputs):
-        with pytest.raises(TypeError, match=r"YieldsInputs\.preprocess is a generator, and predict cannot use one"):
-            make(model_ref)
+    for cls in (YieldsInputs, YieldsByPartial, YieldsByObject):
+        for make in (cls.using, cls):
+            with pytest.raises(TypeError, match=rf"{cls.__name__}\.preprocess is a generator, and predict cannot"):
+                make(model_ref)
     options = {"input_columns": "x", "output_column": "y"}
     for make in (YieldsOutputs.using, YieldsOutputs):
         with pytest.raises(TypeError, match=r"YieldsOutputs\.predict is a generator, and postprocess cannot use one"):

@@ -137,6 +137,23 @@ def test_models_that_use_no_registered_function(registries: None, ray_session: N
     assert prepare_model_for_actors(names["model"]).carried_nbytes < 1_000_000
 
 
+def test_two_functions_of_one_name(registries: None, ray_session: None) -> None:
+    """Two models register a function each under one name: the worker computes with that of the last load."""
+    model_refs, expected = [], []
+    for factor in (2, 5):
+        source = ATTENTION["lambda"].replace("* 2", f"* {factor}")
+        model = run_as_script(LLAMA + textwrap.dedent(source))["model"]
+        model.set_attn_implementation("doubled")
+        with torch.no_grad():
+            expected.append(model(IDS).logits)
+        model_refs.append(prepare_model_for_actors(model))
+    assert not torch.allclose(*expected)
+    worker = ray.remote(num_cpus=0.1)(Runner).remote()
+    for number in (0, 1, 0):
+        torch.testing.assert_close(ray.get(worker.run.remote(call, model_refs[number], IDS)), expected[number])
+    ray.kill(worker)
+
+
 # ---------------------------------------------------------------- replaced methods
 
 REPLACED = {
@@ -147,6 +164,12 @@ REPLACED = {
     ),
     "base_class": ("nn.Module.describe = lambda self: 'mine'", "describe"),
     "static_method": ("Silu.scale = staticmethod(lambda x: x * 3)", "scale"),
+    "property": ("Silu.device = property(lambda self: 'cpu')", "device"),
+    "decorated_by_torch": ("Silu.forward = torch.no_grad()(lambda self, x: x * 3)", "forward"),
+    "partial_method": (
+        "import functools as f\ndef scale(self, x, by): return x * by\nSilu.forward = f.partialmethod(scale, by=3)",
+        "forward",
+    ),
 }
 
 
