@@ -334,6 +334,28 @@ class Forks(nn.Module):
         return torch.jit.wait(torch.jit.fork(twice, x))
 """
 
+# Apart, because the functions of a model's module are read as well.
+DESCRIPTORS = """
+import torch
+from torch import nn
+
+class UsesInStatic(nn.Linear):
+    @staticmethod
+    def twice(x):
+        return torch.ops.oldops.twice(x)
+
+    def forward(self, x):
+        return self.twice(super().forward(x))
+
+class UsesInProperty(nn.Linear):
+    @property
+    def doubled(self):
+        return torch.ops.oldops.twice(self.weight)
+
+    def forward(self, x):
+        return x @ self.doubled.T
+"""
+
 
 @pytest.fixture(scope="module")
 def worker_folder(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Iterator[Any]:
@@ -341,6 +363,7 @@ def worker_folder(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -
     folder = tmp_path_factory.mktemp("on_workers")
     (folder / "opsmodule.py").write_text(OPERATORS.replace("NEW", "new"))
     (folder / "usermodule.py").write_text(USER)
+    (folder / "descriptormodule.py").write_text(DESCRIPTORS)
     sys.path.insert(0, str(folder))
     yield folder
     sys.path.remove(str(folder))
@@ -364,6 +387,7 @@ X = torch.randn(2, 4)
 
 def operator_models() -> dict[str, Any]:
     """Return models that call operators which Python registered."""
+    import descriptormodule
     import opsmodule
     import usermodule
 
@@ -379,6 +403,8 @@ def operator_models() -> dict[str, Any]:
     return {
         "eager": uses,
         "eager_of_a_library": old,
+        "eager_in_a_static_method": descriptormodule.UsesInStatic(4, 4).eval(),
+        "eager_in_a_property": descriptormodule.UsesInProperty(4, 4).eval(),
         "script_with_operators_as_objects": script["Main"](4, 4),
         "traced": quietly(lambda: torch.jit.trace(uses, X)),
         "forked": quietly(lambda: torch.jit.script(usermodule.Forks())),
@@ -406,7 +432,7 @@ def test_operators_of_a_module(worker_folder: Path) -> None:
     groups = (
         ["traced", "frozen", "forked", "fx"],
         ["exported", "script_with_operators_as_objects"],
-        ["eager_of_a_library", "eager"],
+        ["eager_of_a_library", "eager", "eager_in_a_static_method", "eager_in_a_property"],
     )
     for group in groups:
         knows = fresh_actor(worker_folder)
