@@ -1,6 +1,7 @@
 """Classes: the functions in them, and what cloudpickle loses of one that travels by value.
 
-cloudpickle loses states and aliases of enum members, and gives private slots twice.
+cloudpickle loses states and aliases of enum members, gives private slots twice, and runs `__init_subclass__` and the
+metaclass of a script again, before the class has its attributes.
 """
 
 from __future__ import annotations
@@ -9,13 +10,18 @@ import contextlib
 import enum
 import functools
 import inspect
+import sys
+import threading
 import types
 from collections.abc import Iterator
 from typing import Any
 
 from ray.cloudpickle import cloudpickle
 
-__all__ = ["complete_class", "functions_in", "set_enum_state"]
+from .kinds import Refusal
+from .names import travels_by_name
+
+__all__ = ["complete_class", "functions_in", "make_class", "set_enum_state"]
 
 # The attributes that Enum itself sets on a member.
 _OF_ENUM = frozenset({"_name_", "_value_", "__objclass__", "_sort_order_", "_inverted_"})
@@ -32,7 +38,8 @@ def complete_class(kind: type, reduced: tuple[Any, ...]) -> tuple[Any, ...]:
         if slot.startswith("__") and not slot.endswith("__"):
             state[0].pop(f"_{kind.__name__.lstrip('_')}{slot}", None)
     if not isinstance(kind, enum.EnumMeta):
-        return reduced
+        _check_keywords(kind)
+        return (make_class, *reduced[1:]) if reduced[0] is cloudpickle._make_skeleton_class else reduced
     # cloudpickle makes each member from its value, before the class has its `__init__` and `__new__`.
     members: Any = list(kind)
     own = [{name: value for name, value in vars(member).items() if name not in _OF_ENUM} for member in members]
@@ -42,6 +49,24 @@ def complete_class(kind: type, reduced: tuple[Any, ...]) -> tuple[Any, ...]:
         if name not in {known.name for known in members}
     ]
     return (*reduced[:2], (state, own, aliases, list(kind.__members__)), None, None, set_enum_state)
+
+
+def _check_keywords(kind: type) -> None:
+    """Raise Refusal if `__init_subclass__` of a library needs keywords of the class, which are not known any more."""
+    importable = (base for base in kind.__mro__[1:] if travels_by_name(base.__module__))
+    base = next((base for base in importable if "__init_subclass__" in vars(base)), object)
+    hook = getattr(vars(base)["__init_subclass__"], "__func__", None)
+    if not isinstance(hook, types.FunctionType):
+        return
+    try:
+        inspect.signature(hook).bind(kind)
+    except TypeError as error:
+        refusal = Refusal(
+            f"{base.__qualname__}.__init_subclass__ needs keywords of the class, which do not travel ({error})",
+            f"Move {kind.__qualname__} to a module that workers can import.",
+        )
+        refusal.part = kind
+        raise refusal from error
 
 
 def set_enum_state(kind: Any, state: tuple[Any, ...]) -> Any:
@@ -61,6 +86,43 @@ def set_enum_state(kind: Any, state: tuple[Any, ...]) -> Any:
     kind._member_map_.clear()
     kind._member_map_.update(ordered)
     return kind
+
+
+_making = threading.Lock()
+
+
+def make_class(kind: Any, name: str, bases: tuple[Any, ...], own: dict[str, Any], tracker_id: str, _: Any) -> Any:
+    """Return a new class without its attributes, or the known class of `tracker_id`. cloudpickle sets the attributes.
+
+    Unlike cloudpickle's function, it does not run the `__init_subclass__` and the metaclass of a script: what they
+    did, such as filling a registry, is in the attributes of the classes, and keywords of the class are not known.
+    """
+    known = cloudpickle._DYNAMIC_CLASS_TRACKER_BY_ID.get(tracker_id)
+    if known is not None:
+        return known
+    own = {sys.intern(key): value for key, value in own.items()}
+    resolved = types.resolve_bases(bases)
+    with _making:
+        made = cloudpickle._DYNAMIC_CLASS_TRACKER_BY_CLASS
+        hooks = [
+            (base, base.__dict__["__init_subclass__"])
+            for base in dict.fromkeys(ancestor for base in resolved for ancestor in base.__mro__)
+            if base in made and "__init_subclass__" in base.__dict__
+        ]
+        for base, _hook in hooks:
+            type.__delattr__(base, "__init_subclass__")
+        try:
+            if kind in made:
+                of_library: Any = next(base for base in kind.__mro__ if base not in made)
+                if resolved is not bases:
+                    own["__orig_bases__"] = bases
+                new = of_library.__new__(kind, name, resolved, own)
+            else:
+                new = types.new_class(name, bases, {"metaclass": kind}, lambda namespace: namespace.update(own))
+        finally:
+            for base, hook in hooks:
+                type.__setattr__(base, "__init_subclass__", hook)
+    return cloudpickle._lookup_class_or_track(tracker_id, new)
 
 
 def functions_in(held: Any) -> Iterator[types.FunctionType]:

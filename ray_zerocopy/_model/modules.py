@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch.nn.utils import parametrize
 
+from ..errors import warn
 from .kinds import Refusal, Walk, reduces
 from .objects import default_state, has_default_reduce, set_default_state
 from .operators import note_graph_operators, note_script_operators
@@ -103,6 +104,15 @@ def _reduce_script_method(method: Any, walk: Walk) -> Any:
     return walk.scripts.reduce_method(method)
 
 
+@reduces(torch.jit._script.ScriptMethodStub)
+def _refuse_script_method_stub(stub: Any, walk: Walk) -> Any:
+    raise Refusal(
+        f"it is {stub.original_method.__qualname__}, a script_method of a ScriptModule class of the script",
+        "Write the class as an nn.Module and compile its objects, torch.jit.script(module), or move it to a module "
+        "that workers can import.",
+    )
+
+
 # ---------------------------------------------------------------- exported
 
 
@@ -185,6 +195,7 @@ def reduce_graph_module(module: Any, pickle_error: Callable[[object], Exception 
     a model in another thread raises an error meanwhile.
     """
     nodes = _describe_nodes(module.graph)
+    marks = _marks_of(module.graph, pickle_error)
     if nodes is None or pickle_error(nodes):
         body, imports = module.__reduce__()[1]
         if "__main__" in imports:
@@ -192,9 +203,51 @@ def reduce_graph_module(module: Any, pickle_error: Callable[[object], Exception 
                 "its code imports names of __main__, which no worker can import",
                 "Move the functions that it calls to a module that workers can import.",
             )
-        return _rebuild_from_code, (body, imports)
+        return _rebuild_from_code, (body, imports, marks)
     state = {name: value for name, value in module.__dict__.items() if name not in _GRAPH_ATTRIBUTES}
-    return _rebuild_from_nodes, (type(module).__name__, state, nodes)
+    return _rebuild_from_nodes, (type(module).__name__, state, nodes, marks)
+
+
+# The entries of `Node.meta` that torch's tracers write. They hold what the tracing knew, such as fake tensors.
+_META_OF_TORCH = frozenset(
+    [
+        *("val", "example_value", "tensor_meta", "unbacked_bindings", "nn_module_stack", "fwd_nn_module_stack"),
+        *("source_fn_stack", "fwd_source_fn_stack", "stack_trace", "torch_fn", "original_aten", "from_node"),
+        *("eager_input_vals", "arg_kwarg_vals", "is_gradient_acc", "type", "mutation_region_id"),
+    ]
+)
+
+
+def _marks_of(graph: Any, pickle_error: Callable[[object], Exception | None]) -> dict[str, Any]:
+    """Return the attributes that a user set on a graph (under the name ""), and on its nodes and their `meta`."""
+    standard = vars(torch.fx.Graph())
+    own: dict[str, Any] = {name: value for name, value in vars(graph).items() if name not in standard}
+    marks: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {"": (own, {})} if own else {}
+    for node in graph.nodes:
+        attributes = dict(getattr(node, "__dict__", {}))
+        meta = {name: value for name, value in node.meta.items() if name not in _META_OF_TORCH}
+        if attributes or meta:
+            marks[node.name] = (attributes, meta)
+    if marks and pickle_error(marks):
+        for place, parts in marks.items():
+            for part in parts:
+                for name in [name for name, value in part.items() if pickle_error(value)]:
+                    del part[name]
+                    warn(
+                        f"{name!r} of {f'the node {place}' if place else 'the graph'} of a GraphModule cannot be "
+                        f"pickled and does not reach the workers. The output of the model does not depend on it."
+                    )
+    return marks
+
+
+def _set_marks(graph: Any, marks: dict[str, Any]) -> None:
+    """Set what `_marks_of` returned, on the nodes that still have their names."""
+    places: dict[str, Any] = {"": graph} | {node.name: node for node in graph.nodes}
+    for place in marks.keys() & places.keys():
+        attributes, meta = marks[place]
+        places[place].__dict__.update(attributes)
+        if place:
+            places[place].meta.update(meta)
 
 
 def _describe_nodes(graph: Any) -> list[tuple[Any, ...]] | None:
@@ -225,7 +278,9 @@ def _importable_form(function: Any) -> Any:
     return name
 
 
-def _rebuild_from_nodes(name: str, state: dict[str, Any], nodes: list[tuple[Any, ...]]) -> torch.nn.Module:
+def _rebuild_from_nodes(
+    name: str, state: dict[str, Any], nodes: list[tuple[Any, ...]], marks: dict[str, Any]
+) -> torch.nn.Module:
     graph = torch.fx.Graph(tracer_cls=state.get("_tracer_cls"), tracer_extras=state.get("_tracer_extras"))
     created: list[Any] = []
 
@@ -237,6 +292,7 @@ def _rebuild_from_nodes(name: str, state: dict[str, Any], nodes: list[tuple[Any,
             target = pkgutil.resolve_name(target)
         arguments = torch.fx.node.map_aggregate((args, kwargs), resolve)
         created.append(graph.create_node(op, target, *arguments, node_name, kind))
+    _set_marks(graph, marks)
     root = torch.nn.Module()
     root.__dict__.update(state)
     module: torch.nn.Module = GraphModule(root, graph, name)
@@ -244,11 +300,12 @@ def _rebuild_from_nodes(name: str, state: dict[str, Any], nodes: list[tuple[Any,
     return module
 
 
-def _rebuild_from_code(body: dict[str, Any], imports: str) -> torch.nn.Module:
+def _rebuild_from_code(body: dict[str, Any], imports: str, marks: dict[str, Any]) -> torch.nn.Module:
     """Rebuild a GraphModule as torch does, and restore the hooks, names and order of its parts."""
     with _torch_globals:
         module = torch.fx.graph_module.reduce_graph_module(body, imports)
     module.__dict__.update((name, value) for name, value in body.items() if name not in _GRAPH_ATTRIBUTES)
+    _set_marks(module.graph, marks)
     return module
 
 

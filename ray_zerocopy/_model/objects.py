@@ -30,6 +30,7 @@ __all__ = [
     "reducer_for_object",
     "set_default_state",
     "set_object_state",
+    "unusable_state",
 ]
 
 
@@ -59,6 +60,23 @@ def lacks_arguments(obj: Any) -> str:
         return str(error)
     except Exception:  # code of the class; pickling says what is wrong
         return ""
+    return ""
+
+
+def unusable_state(obj: Any, reduced: Any) -> str:
+    """Return why unpickling could not set the state that `__reduce__` of an object gives; empty if it can."""
+    state = reduced[2] if isinstance(reduced, tuple) and len(reduced) > 2 else None
+    if state is None or (len(reduced) > 5 and reduced[5] is not None):
+        return ""
+    first = next((part for part in (reduced[0], *reduced[1]) if isinstance(part, type)), type(obj))
+    if any(hasattr(kind, "__setstate__") for kind in (first, type(obj))):
+        return ""
+    attributes, slots = state if isinstance(state, tuple) and len(state) == 2 else (state, None)
+    for part in (attributes, slots):
+        if part and not isinstance(part, dict):
+            return f"the state has a {type(part).__qualname__} where pickle takes a dict of attributes"
+    if attributes and not hasattr(obj, "__dict__"):
+        return "the state has attributes, and the object has no __dict__"
     return ""
 
 

@@ -22,7 +22,7 @@ from .hooks import filled_names, warn_of_filled_globals
 from .imports import Import
 from .kinds import Reduce, Refusal, belongs_to_process, has_default_reduce, reducer_for
 from .names import ByValueModules, is_found_by_name, is_importable_global, pickled_names
-from .objects import lacks_arguments
+from .objects import lacks_arguments, unusable_state
 from .patches import warn_of_replaced_methods
 from .paths import pickled_children, walk
 from .registries import find_registrations
@@ -292,15 +292,17 @@ class Pickler(CloudPickler):  # type: ignore[misc]
             self.options.by_value.check(obj.__module__)
         elif kind is types.ModuleType:
             self.options.by_value.check(obj.__name__)
-        if not issubclass(kind, _REDUCED_BY_TORCH_OR_PYTHON) and (
-            kind in self.dispatch_table or not has_default_reduce(kind)
-        ):
-            self.runs_constructors = True
         if isinstance(obj, types.FunctionType) and not issubclass(kind, types.FunctionType):
             raise Refusal(  # cloudpickle would send the function in it alone
                 "it stands for a function and is none",
                 "Write the decorator with functools.wraps, or move its use to a module that workers can import.",
             )
+        if not isinstance(obj, type) and not issubclass(kind, _REDUCED_BY_TORCH_OR_PYTHON):
+            if kind in self.dispatch_table:
+                self.runs_constructors = True
+            elif not has_default_reduce(kind):
+                self.runs_constructors = True
+                return _reduced_by_its_class(obj)
         reduced = super().reducer_override(obj)
         return complete_class(obj, reduced) if isinstance(obj, type) and type(reduced) is tuple else reduced
 
@@ -330,6 +332,19 @@ class Pickler(CloudPickler):  # type: ignore[misc]
         if not small:
             self.arrays.append(buffer)
         return small
+
+
+def _reduced_by_its_class(obj: Any) -> Any:
+    """Return what `__reduce__` of an object's class gives. Raise Refusal if unpickling could not use it."""
+    reduced = obj.__reduce_ex__(pickle.HIGHEST_PROTOCOL)
+    if reason := unusable_state(obj, reduced):
+        refusal = Refusal(
+            f"unpickling could not set the state that its __reduce__ gives ({reason})",
+            "Give the class a __setstate__ that takes this state, or return a dict of attributes.",
+        )
+        refusal.part = obj
+        raise refusal
+    return reduced
 
 
 _REDUCED_BY_TORCH_OR_PYTHON = (

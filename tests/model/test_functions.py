@@ -9,12 +9,14 @@ import sys
 import textwrap
 import threading
 import types
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import ray
 import torch
 from models import quietly
+from torch import nn
 
 from ray_zerocopy import ZeroCopyError, ZeroCopyWarning, load_model_in_actor, prepare_model_for_actors
 from ray_zerocopy._model import deep
@@ -47,6 +49,101 @@ class Travels(NamedTuple):
 
 
 TRAVELS = {
+    "states_of_reduce": Travels(
+        """
+        class Pair:
+            __slots__ = ("a", "b")
+            def __reduce__(self): return Pair, (), (None, {"a": 1, "b": 2})
+        class Sets:
+            def __reduce__(self): return Sets, (), ("a", 5)
+            def __setstate__(self, state): setattr(self, *state)
+        class Function:
+            def __reduce__(self): return Function, (), [7], None, None, lambda obj, state: setattr(obj, "a", state[0])
+        model = nn.Linear(2, 2)
+        model.parts = [Pair(), Sets(), Function()]
+        """,
+        "[part.a for part in m.parts]",
+        [1, 5, 7],
+    ),
+    "registry_of_init_subclass": Travels(
+        """
+        class Block(nn.Module):
+            kinds = {}
+            def __init_subclass__(cls, **options):
+                super().__init_subclass__(**options)
+                Block.kinds[cls.__name__] = cls
+        class Twice(Block):
+            def forward(self, x): return x * 2
+        class Thrice(Block):
+            def forward(self, x): return x * 3
+        class Net(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.block = Twice()
+            def forward(self, x): return [Block.kinds[name]()(x) for name in sorted(Block.kinds)]
+            def same(self): return Block.kinds["Twice"] is type(self.block)
+        model = Net()
+        """,
+        "([y.item() for y in m(torch.ones(1))], m.same())",
+        ([3.0, 2.0], True),
+    ),
+    "init_subclass_with_keywords": Travels(
+        """
+        class Block(nn.Module):
+            kinds = {}
+            def __init_subclass__(cls, /, key, **options):
+                super().__init_subclass__(**options)
+                cls.key, cls.kinds[key] = key, cls
+                cls.size = cls.settings["size"]
+        class Twice(Block, key="twice"):
+            settings = {"size": 2}
+            def again(self):
+                class Thrice(Twice, key="thrice"):
+                    settings = {"size": 3}
+                return Thrice
+        model = Twice()
+        """,
+        "(m.key, list(m.kinds), m.size, m.again().size, list(m.kinds))",
+        ("twice", ["twice"], 2, 3, ["twice", "thrice"]),
+    ),
+    "metaclass_with_keywords": Travels(
+        """
+        class Meta(type):
+            classes = {}
+            def __new__(meta, name, bases, namespace, *, tag):
+                made = super().__new__(meta, name, bases, namespace)
+                made.scale = namespace["default"] * 2
+                Meta.classes[tag] = made
+                return made
+            def __init__(cls, name, bases, namespace, *, tag): cls.tag = tag
+        class Net(nn.Module, metaclass=Meta, tag="net"):
+            default = 3
+            def found(self): return Meta.classes["net"] is type(self)
+        model = Net()
+        """,
+        "(m.tag, m.scale, m.found(), type(m).__mro__[1] is torch.nn.Module)",
+        ("net", 6, True, True),
+    ),
+    "abstract_metaclass_and_generic_base": Travels(
+        """
+        import abc, typing
+        T = typing.TypeVar("T")
+        class Meta(abc.ABCMeta):
+            names = []
+            def __init__(cls, name, bases, namespace, **options):
+                super().__init__(name, bases, namespace)
+                Meta.names.append((name, namespace["__qualname__"]))
+        class Base(nn.Module, typing.Generic[T], metaclass=Meta):
+            @abc.abstractmethod
+            def run(self): ...
+        class Net(Base[int]):
+            def run(self): return 1
+        model = Net()
+        """,
+        "(m.run(), [name for name, _ in type(type(m)).names], len(type(m).__mro__[1].__abstractmethods__), "
+        "type(m).__orig_bases__[0].__args__)",
+        (1, ["Base", "Net"], 1, (int,)),
+    ),
     "enum_with_a_constructor": Travels(
         """
         import enum
@@ -593,6 +690,43 @@ REFUSED = {
         "travels by value and brings it along",
         "to a module that workers can import",
     ),
+    "state_of_reduce_that_nothing_sets": Refused(
+        """
+        class Scale:
+            def __init__(self, by): self.by = by
+            def __reduce__(self): return Scale, (1,), ("by", self.by)
+        model = nn.Linear(2, 2)
+        model.scale = Scale(2)
+        """,
+        r"Linear\.scale is a .*Scale",
+        "a str where pickle takes a dict",
+        "Give the class a __setstate__",
+    ),
+    "state_of_reduce_that_is_a_list": Refused(
+        """
+        import copyreg
+        class Scale:
+            def __reduce_ex__(self, protocol): return copyreg.__newobj__, (Scale,), [1, 2]
+        model = nn.Linear(2, 2)
+        model.scale = Scale()
+        """,
+        r"Linear\.scale is a .*Scale",
+        "a list where pickle takes a dict",
+        "Give the class a __setstate__",
+    ),
+    "state_of_reduce_without_a_dict": Refused(
+        """
+        def make(): return Scale()
+        class Scale:
+            __slots__ = ("by",)
+            def __reduce__(self): return make, (), {"by": 2}
+        model = nn.Linear(2, 2)
+        model.scale = Scale()
+        """,
+        r"Linear\.scale is a .*Scale",
+        "the object has no __dict__",
+        "Give the class a __setstate__",
+    ),
     "unflattened_program": Refused(
         """
         class Net(nn.Module):
@@ -992,23 +1126,68 @@ def test_a_hook_of_a_module_fills_the_module_of_the_worker(two_actors: list[Any]
 # ---------------------------------------------------------------- code of classes that fails in the worker
 
 
-def test_code_of_a_class_that_fails_in_the_worker(two_actors: list[Any]) -> None:
-    """A class that cannot be made again is an error with the model's name, the cause and what to do."""
-    script = run_as_script(
-        """
-        class Registered(nn.Linear):
-            def __init_subclass__(cls, *, key):
-                super().__init_subclass__()
-                cls.key = key
-        class Model(Registered, key="a"):
-            pass
-        model = Model(2, 2)
-        """
-    )
+class NeedsKey(nn.Linear):
+    """A class of a library that subclasses have to give a key."""
+
+    def __init_subclass__(cls, *, key: str) -> None:
+        super().__init_subclass__()
+
+
+class ChecksKey(nn.Linear):
+    """The same, but the signature does not tell."""
+
+    def __init_subclass__(cls, **options: str) -> None:
+        if "key" not in options:
+            raise TypeError("a key is missing")
+        super().__init_subclass__()
+
+
+def test_a_class_of_a_library_that_takes_keywords(two_actors: list[Any]) -> None:
+    """Keywords that `__init_subclass__` of a library needs do not travel: an error with the cause and what to do.
+
+    The error is raised at prepare where the signature tells, and otherwise in the worker.
+    """
+    for base, key in (("NeedsKey", "argument: 'key'"), ("ChecksKey", "a key is missing")):
+        model = run_as_script(f"from {__name__} import {base}\nclass M({base}, key='a'): pass\nmodel = M(2, 2)")[
+            "model"
+        ]
+        if base == "NeedsKey":
+            with pytest.raises(TypeError, match=rf"M\.__class__ is .*{base}.*{key}.*module that workers can import"):
+                prepare_model_for_actors(model)
+        else:
+            with pytest.raises(
+                ZeroCopyError, match=rf"M cannot be rebuilt.*TypeError.*{key}.*that workers can import"
+            ):
+                evaluate_in_worker(two_actors[0], model, "m")
+
+
+OLD_SCRIPT = """
+import torch
+from torch import nn
+class Old(torch.jit.ScriptModule):
+    @torch.jit.script_method
+    def forward(self, x):
+        return x * 2
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.old = Old()
+    def forward(self, x): return self.old(x)
+"""
+
+
+def test_a_script_method_of_a_script(tmp_path: Path, two_actors: list[Any]) -> None:
+    """An object of a ScriptModule class travels. A class of a script that names the ScriptModule class is refused."""
+    file = tmp_path / "old.py"  # torch reads the source
+    file.write_text(OLD_SCRIPT)
+    names: dict[str, Any] = {"__name__": "__main__"}
+    quietly(lambda: exec(compile(OLD_SCRIPT, str(file), "exec"), names))
+    old = quietly(names["Old"])
+    assert evaluate_in_worker(two_actors[0], old, "m(torch.ones(1)).item()") == 2.0
     with pytest.raises(
-        ZeroCopyError, match=r"Model cannot be rebuilt.*TypeError.*key.*a module that workers can import"
+        TypeError, match=r"<global Old>\._methods\['forward'\].* it is Old\.forward.*as an nn\.Module"
     ):
-        evaluate_in_worker(two_actors[0], script["model"], "m.key")
+        prepare_model_for_actors(quietly(names["Net"]))
 
 
 def test_values_of_threads_in_deep_nesting(ray_session: None) -> None:

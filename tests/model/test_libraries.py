@@ -248,3 +248,48 @@ def test_generated_modules(form: str, package: str, tmp_path: Path, two_actors: 
     finally:
         del sys.modules[module.__name__]
     assert torch.equal(ray.get(two_actors[0].run.remote(call, model_ref, X)), X * 3)
+
+
+# ---------------------------------------------------------------- what a user sets on a traced graph
+
+
+class Adds(nn.Module):
+    def forward(self, pair: Any) -> torch.Tensor:
+        return pair[0] + pair[1]
+
+
+def read_marks(model_ref: Any, inputs: Any) -> Any:
+    model = load_model_in_actor(model_ref)
+    marks = {node.name: (getattr(node, "tag", None), node.meta.get("stage")) for node in model.graph.nodes}
+    return getattr(model.graph, "origin", None), marks, model(inputs)
+
+
+@pytest.mark.parametrize("form", ["nodes", "code"])
+def test_attributes_of_a_graph_and_its_nodes(form: str, two_actors: list[Any]) -> None:
+    """What a user set on a graph, on nodes and in their `meta` arrives.
+
+    Where the graph travels as code, torch traces the code again, and the placeholders get other names.
+    """
+    if form == "nodes":
+        model = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+    else:
+        model = torch.fx.symbolic_trace(Adds(), concrete_args={"pair": (torch.fx.PH, torch.fx.PH)})
+    model.graph.origin = "user"
+    for number, node in enumerate(model.graph.nodes):
+        node.tag, node.meta["stage"] = f"node {number}", number
+    inputs = X if form == "nodes" else (X, X)
+    origin, marks, output = ray.get(two_actors[0].run.remote(read_marks, prepare_model_for_actors(model), inputs))
+    nodes = [node for node in model.graph.nodes if form == "nodes" or node.op != "placeholder"]
+    assert origin == "user"
+    assert {node.name: marks[node.name] for node in nodes} == {n.name: (n.tag, n.meta["stage"]) for n in nodes}
+    torch.testing.assert_close(output, model(inputs))
+
+
+def test_attributes_of_a_graph_that_cannot_be_pickled(two_actors: list[Any]) -> None:
+    """One that cannot be pickled is a warning, and the others arrive."""
+    model = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+    first = next(iter(model.graph.nodes))
+    first.tag, first.meta["stage"] = (step for step in "ab"), 3
+    with pytest.warns(ZeroCopyWarning, match=f"'tag' of the node {first.name} of a GraphModule cannot be pickled"):
+        model_ref = prepare_model_for_actors(model)
+    assert ray.get(two_actors[0].run.remote(read_marks, model_ref, X))[1][first.name] == (None, 3)
